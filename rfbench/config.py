@@ -1,0 +1,411 @@
+"""The four nouns that a person writes, as frozen dataclasses, and the one strict way from YAML to them.
+
+Every key is a field that somebody reads; an unknown key, a wrong type or a setting that would not be used is a UserError.
+`KEY=VALUE` overrides use the same path. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from rfbench.errors import UserError, did_you_mean
+
+HOME = Path(__file__).resolve().parent.parent  # the checkout: recipes/ and baselines/ lie beside the package
+
+
+@dataclass(frozen=True)
+class CacheCfg:
+    """Which frames a chunk may look back at. `window` counts sink and the chunk itself, in latent frames."""
+
+    policy: str  # full | window | static_sink | ema_sink
+    window: int | None = None  # all but `full`
+    sink: int | None = None  # static_sink, ema_sink
+    alpha: float | None = None  # ema_sink: share of the old sink that stays when a frame is folded in (paper Eq. 5)
+    fold_dtype: Literal["float32", "bfloat16"] | None = None  # ema_sink: the dtype that the average is kept in (D-4, D-38)
+    rope: Literal["absolute", "relative"] = "relative"
+
+    def __post_init__(self) -> None:
+        needs = {"full": [], "window": ["window"], "static_sink": ["window", "sink"], "ema_sink": ["window", "sink", "alpha", "fold_dtype"]}
+        if self.policy not in needs:
+            raise UserError(f"cache policy '{self.policy}' does not exist{did_you_mean(self.policy, needs)}")
+        for name in ("window", "sink", "alpha", "fold_dtype"):
+            if (getattr(self, name) is not None) != (name in needs[self.policy]):
+                wanted = "needs" if name in needs[self.policy] else "does not use"
+                raise UserError(f"cache policy '{self.policy}' {wanted} '{name}'")
+        if self.policy == "ema_sink" and self.rope == "absolute":
+            raise UserError("cache policy 'ema_sink' with rope 'absolute' would average keys that were rotated to different positions; use rope 'relative'")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"cache alpha is {self.alpha}; it is a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class SamplerCfg:
+    """How a clip is made: one loop over chunks, `steps` passes each, then a clean pass that fills the cache.
+
+    `solver: renoise` predicts the clean chunk and adds fresh noise for the next step (few-step students); `euler` follows
+    the flow (many-step teachers). `chunk: null` makes all frames at once, which is the bidirectional sampler.
+    """
+
+    steps: tuple[int, ...] | int  # timesteps of 1000 in the order taken, or a number of evenly spaced ones
+    shift: float
+    warp: bool = True  # look the steps up in the shifted table (1000, 937.5, ...) instead of taking them as they are
+    chunk: int | None = 3  # latent frames
+    solver: Literal["renoise", "euler"] = "renoise"
+    guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
+    context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498)
+    cache: CacheCfg | None = None  # exactly when `chunk` is given
+
+    def __post_init__(self) -> None:
+        if (self.chunk is None) != (self.cache is None):
+            raise UserError("a sampler has a cache exactly when it has a chunk: give both, or neither for the bidirectional sampler")
+        if isinstance(self.steps, int) and not self.warp:
+            raise UserError("a number of steps is spaced on the shifted grid; 'warp: false' needs a list of timesteps")
+
+
+@dataclass(frozen=True)
+class WeightsCfg:
+    """Where the denoiser's tensors lie. A relative `file` is looked up beside the YAML file that names it, then in the
+    weights directory of rfbench.toml; `repo` is a Hugging Face repository that `rfbench fetch` takes it from."""
+
+    file: str
+    repo: str | None = None
+    key: str | None = None  # entry of a nested .pt file
+    strip: str = ""  # prefix that every tensor name carries
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number that somebody printed."""
+
+    metric: str
+    value: float
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class License:
+    code: str
+    weights: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A contender: weights, backbone, sampler settings, what its authors report, what it was trained on."""
+
+    title: str
+    backbone: str
+    weights: WeightsCfg
+    sampler: SamplerCfg
+    license: License
+    paper: str | None = None
+    max_latents: int | None = None  # longest clip that it can make; None is any length
+    saw: tuple[str, ...] = ()  # metrics that were optimised in training
+    trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
+    reported: tuple[Reported, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimCfg:
+    """AdamW and its schedule."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 10.0  # gradient norm
+    warmup: int = 0  # steps of linear warm-up
+    cosine: bool = False  # decay to zero over the run
+
+
+@dataclass(frozen=True)
+class EmaCfg:
+    decay: float
+    start: int = 0  # first step that is averaged
+
+
+@dataclass(frozen=True)
+class ScoreCfg:
+    """The two score models of distribution matching (DMD) and how they are compared."""
+
+    teacher: WeightsCfg
+    guidance: float  # of the real score
+    generator_every: int  # critic steps for one generator step
+    critic_optim: OptimCfg
+    score_shift: float  # sigma table of the score models (D-33: the release has 8 beside a critic loss at 5)
+    t_min: int = 20
+    t_max: int = 980
+
+
+@dataclass(frozen=True)
+class RewardCfg:
+    """Weight exp(reward / beta) of each sample's distribution matching gradient (Re-DMD)."""
+
+    name: str
+    beta: float
+    clip: float | None = None  # largest weight
+
+
+@dataclass(frozen=True)
+class DataCfg:
+    """What training reads. `clips` for flow matching, `pairs` for ODE regression, prompts alone for DMD."""
+
+    clips: int | None = None
+    pairs: int | None = None
+    pair_sampler: SamplerCfg | None = None  # how the teacher solves the ODE that the pairs lie on
+    seed: int = 0
+    drop_caption: float | None = None  # share of clips whose caption is dropped, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make weights."""
+
+    title: str
+    method: str  # flow | ode | dmd | redmd
+    backbone: str
+    steps: int  # optimiser steps; for DMD, critic steps
+    batch: int  # clips per optimiser step
+    latents: int  # latent frames per clip
+    optim: OptimCfg
+    data: DataCfg
+    sampler: SamplerCfg  # that the trained model will be run with
+    seed: int = 0
+    accumulate: int = 1  # micro-batches that `batch` is split into
+    init: WeightsCfg | None = None
+    scores: ScoreCfg | None = None
+    reward: RewardCfg | None = None
+    ema: EmaCfg | None = None
+    max_latents: int | None = None  # goes into the baseline that the recipe writes
+    log_every: int = 10
+    checkpoint_every: int = 100
+    needs: str = ""  # memory, time, machine: for people
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of a study: a baseline to run as it is, a recipe to train first (once per seed), or a variant of another row."""
+
+    name: str
+    baseline: str | None = None
+    recipe: str | None = None
+    of: str | None = None
+    seeds: tuple[int, ...] = (0,)  # training seeds, with `recipe`
+    set: dict[str, Any] = field(default_factory=dict)  # overrides: of the recipe with `recipe`, of the baseline otherwise
+    suites: tuple[str, ...] | None = None  # None: all of the study's
+
+    def __post_init__(self) -> None:
+        if sum(source is not None for source in (self.baseline, self.recipe, self.of)) != 1:
+            raise UserError(f"contender '{self.name}' needs exactly one of 'baseline', 'recipe' and 'of'")
+        if self.recipe is None and self.seeds != (0,):
+            raise UserError(f"contender '{self.name}': 'seeds' are training seeds and need 'recipe'")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The two numbers whose difference a claim is about, as printed."""
+
+    better: float
+    than: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` beats `than` on `metric` of `suite`; which direction is better is the metric's own property."""
+
+    id: str
+    text: str
+    metric: str  # "<scorer>.<metric>" or "profile.<metric>"
+    better: str
+    than: str
+    suite: str | None = None  # None for profile metrics
+    published: Published | None = None
+    margin: float = 0.0  # the claim is a difference of more than this
+
+
+@dataclass(frozen=True)
+class ProfileCfg:
+    """What `profile` measures for every contender of a study."""
+
+    chunks: int
+    repeats: int
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table to reproduce."""
+
+    title: str
+    suites: tuple[str, ...]
+    scorers: tuple[str, ...]
+    contenders: tuple[Contender, ...]
+    claims: tuple[Claim, ...] = ()
+    profile: ProfileCfg | None = None
+    needs: str = ""
+
+
+Noun = TypeVar("Noun")
+FOLDERS: dict[type, str] = {Recipe: "recipes", Baseline: "baselines", Study: "recipes/studies"}
+
+
+def names_of(kind: type) -> dict[str, Path]:
+    """Name -> file of every recipe, baseline or study that ships beside the package."""
+    folder = HOME / FOLDERS[kind]
+    found = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if kind is not Recipe or not name.startswith("studies/")}
+
+
+def find(kind: type, name: str) -> Path:
+    """The YAML file of a name (`toy/teacher`) or path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{kind.__name__.lower()} {name}: there is no such file")
+        return path.resolve()
+    known = names_of(kind)
+    if name not in known:
+        raise UserError(f"there is no {kind.__name__.lower()} '{name}'{did_you_mean(name, known)}")
+    return known[name]
+
+
+def load(kind: type[Noun], name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Noun:
+    """Read a recipe, baseline or study by name or path, apply `KEY=VALUE` overrides, check every key.
+
+    Raises:
+        UserError: unknown name, unknown key, wrong type, or a setting that would not be used; says where and what to do.
+    """
+    return build(kind, load_plain(find(kind, name), overrides, kind), where=name)
+
+
+def load_plain(path: Path, overrides: Sequence[str] | Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The YAML file with overrides applied, interpolations resolved, not yet checked against the schema."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
+    try:
+        merged = OmegaConf.load(path)
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            if not equals:
+                raise UserError(f"'{override}' is not KEY=VALUE, for example 'seed=1'")
+            check_key(kind, key)
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(plain).__name__}")
+    return typing.cast("dict[str, Any]", plain)
+
+
+def check_key(kind: type, dotted: str) -> None:
+    """Refuse an override of a field that does not exist, before it is merged in."""
+    here: Any = kind
+    for part in dotted.split("."):
+        choices = [item for item in _alternatives(here) if dataclasses.is_dataclass(item)]
+        if not choices:
+            if dict in {typing.get_origin(item) or item for item in _alternatives(here)}:
+                return
+            raise UserError(f"'{dotted}': there is nothing below '{dotted[: dotted.rfind(part) - 1]}'")
+        hints = typing.get_type_hints(choices[0])
+        if part not in hints:
+            raise UserError(f"'{dotted}': {choices[0].__name__} has no field '{part}'{did_you_mean(part, hints)}")
+        here = hints[part]
+
+
+def build(kind: Any, value: Any, *, where: str) -> Any:
+    """A value of parsed YAML as the annotated type: dataclasses, tuples, unions, literals, dicts and scalars, no guessing.
+
+    Raises:
+        UserError: names the path to the key, what was expected and what was found.
+    """
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, where)
+    if origin in (Union, types.UnionType):
+        return _build_union(kind, value, where)
+    if origin is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise UserError(f"{where}: '{value}' is not one of {', '.join(map(str, typing.get_args(kind)))}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: expected a list, found {value!r}")
+        inner = typing.get_args(kind)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            inner = (inner[0],) * len(value)
+        if len(inner) != len(value):
+            raise UserError(f"{where}: expected {len(inner)} values, found {len(value)}")
+        return tuple(build(item, part, where=f"{where}[{i}]") for i, (item, part) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a mapping, found {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Any or type(value) is kind:
+        return value
+    raise UserError(f"{where}: expected {kind.__name__}, found {value!r}")
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected the keys of {kind.__name__}, found {value!r}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), hints)}")
+    for item in dataclasses.fields(kind):
+        if item.name not in value and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: '{item.name}' is missing")
+    parts = {key: build(hints[key], part, where=f"{where}: {key}" if ":" not in where else f"{where}.{key}") for key, part in value.items()}
+    try:
+        return kind(**parts)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _build_union(kind: Any, value: Any, where: str) -> Any:
+    choices = typing.get_args(kind)
+    if value is None and type(None) in choices:
+        return None
+    problems = []
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return build(choice, value, where=where)
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def as_plain(value: Any) -> Any:
+    """A noun as JSON-able data: what goes into fingerprints and into `baseline.yaml`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: as_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [as_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,237 @@
+"""What the tool writes: Run, Clip, Score and Chunk rows, and the only functions that put them on disk.
+
+Standard library only, so that a scorer in another interpreter can import it. Files are contracts:
+
+    <run>/run.json              one Run; rewritten whole (temporary file, fsync, rename)
+    <run>/clips.jsonl           one Clip per line, appended after the video's own rename
+    <run>/videos/<clip id>.mp4
+    <run>/chunks.jsonl          profile runs: one Chunk per line
+    <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over how many clips
+
+A file appears under its final name only when it is complete. A torn last line of a .jsonl file is what a killed writer
+leaves behind: it is dropped on read and cut off before the next append.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from rfbench.errors import UserError
+
+SCHEMA = 1
+RUNNING, DONE, FAILED = "running", "done", "failed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked (`inputs`, hashed to `fingerprint`), on what and by which code (`recorded`, not hashed), how it ended."""
+
+    verb: str  # train | generate | eval | profile
+    name: str  # what the directory is called after, e.g. "toy/reward-forcing" or "reward-forcing/toy-short"
+    inputs: dict[str, Any]
+    fingerprint: str
+    recorded: dict[str, Any]
+    status: str = RUNNING
+    started: str = ""  # UTC, ISO 8601
+    ended: str | None = None
+    seconds: float = 0.0  # wall time over all the sessions that worked on it
+    error: str | None = None
+    result: dict[str, Any] = field(default_factory=dict)  # a few headline numbers of the verb
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One finished video. `prompt` is what is scored; `generated_from` what the model was given."""
+
+    id: str  # "<prompt number>-<sample>", e.g. "0007-1"
+    prompt_id: int
+    sample: int
+    prompt: str
+    generated_from: str
+    seed: int  # of this clip's torch.Generator
+    frames: int
+    fps: int
+    height: int
+    width: int
+    file: str  # relative to the run directory
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: a metric of one clip, or of one segment of it (`segment` counts from 0)."""
+
+    clip: str
+    metric: str
+    value: float
+    segment: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of one timed repetition; seconds on the host clock since the repetition began."""
+
+    process: int
+    repeat: int
+    index: int
+    frames: int  # pixel frames that it yields
+    begin: float  # its first step starts
+    denoised: float  # its last step ends
+    readable: float  # its uint8 frames can be read on the host
+    cached: float  # its context pass ends
+
+
+Row = TypeVar("Row")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Identity of declared inputs: sha256 of their canonical JSON."""
+    return hashlib.sha256(canonical(inputs).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path in the same directory that becomes `path` if the block succeeds and vanishes if it doesn't.
+
+    Raises:
+        UserError: the disk is full or not writable (code 1); nothing of `path` was touched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    temporary.chmod(0o644)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}; free space or fix permissions, then run it again", code=1) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole; a dataclass is written as its fields."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it and run the command that wrote it again") from None
+
+
+def read_run(directory: Path) -> Run:
+    """The Run of a directory.
+
+    Raises:
+        UserError: no run.json, or one of another schema.
+    """
+    path = directory / "run.json"
+    if not path.exists():
+        raise UserError(f"{directory} is not a run: it has no run.json")
+    return from_fields(Run, read_json(path), where=str(path))
+
+
+def write_run(directory: Path, run: Run) -> None:
+    """Replace the Run of a directory."""
+    write_json(directory / "run.json", run)
+
+
+def from_fields(kind: Callable[..., Row], value: Any, *, where: str) -> Row:
+    """Build a row dataclass from parsed JSON; exactly its fields, or a UserError that names `where`."""
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise UserError(f"{where}: not a {getattr(kind, '__name__', kind)} of schema {SCHEMA} ({error})") from None
+
+
+def read_rows(path: Path, kind: Callable[..., Row]) -> list[Row]:
+    """All complete rows of a .jsonl file, in order; [] when there is no file. A torn last line is left out.
+
+    Raises:
+        UserError: a line that is not the last is broken, i.e. the file was edited or damaged.
+    """
+    return [from_fields(kind, value, where=f"{path} line {number}") for number, value in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    if not path.exists():
+        return
+    *complete, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(complete, start=1):
+        try:
+            yield number, json.loads(line)
+        except ValueError:
+            raise UserError(f"{path} line {number} is damaged; delete the file and run the command that wrote it again") from None
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that appends one row (a dataclass or a mapping) as one flushed line; a torn tail is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("ab+") as file:
+            _cut_torn_tail(file)
+
+            def append(row: Any) -> None:
+                plain = dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
+                file.write(canonical(plain).encode() + b"\n")
+                file.flush()
+
+            yield append
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"could not write {path}: {error.strerror or error}; free space or fix permissions, then run it again", code=1) from error
+
+
+def _cut_torn_tail(file: IO[bytes]) -> None:
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a .jsonl file as a whole."""
+    write_text(path, "".join(canonical(dataclasses.asdict(row)) + "\n" for row in rows))
