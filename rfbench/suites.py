@@ -1,0 +1,190 @@
+"""Suites: which prompts, how many samples of each, how long, at which seed. Everything that two contenders must share.
+
+A suite is one of `SUITES`, a .jsonl file of prompts (`{"text": ..., "generate_from": ...}` per line) that is run with the
+defaults of `SuiteFile`, or a .yaml file with the fields of `SuiteFile`. Prompt text never becomes part of a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rfbench.config import as_plain, build
+from rfbench.errors import UserError, did_you_mean
+from rfbench.records import fingerprint
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+LONGEST = 2000  # characters of a prompt
+
+
+@dataclass(frozen=True)
+class SuiteFile:
+    """What a suite's .yaml file says; `prompts` is a .jsonl file beside it."""
+
+    prompts: str
+    frames: int = 81  # pixel frames per clip
+    fps: int = 16
+    seed: int = 0
+    samples: int = 1  # clips per prompt
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        for field, least in (("frames", 1), ("fps", 1), ("samples", 1), ("seed", 0)):
+            if getattr(self, field) < least:
+                raise UserError(f"'{field}' is {getattr(self, field)}; the least is {least}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` is what a clip is scored against; a model is given `generate_from` where there is one (a longer rewriting)."""
+
+    id: int
+    text: str
+    generate_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A list of clips to make: `samples` of each prompt, `frames` pixel frames long at `fps`, seeded by `seed`."""
+
+    name: str
+    frames: int
+    fps: int
+    seed: int
+    samples: int
+    prompts: tuple[Prompt, ...]
+
+
+SUITES = {
+    "toy-short": SuiteFile("toy-short.jsonl", frames=81, samples=2, title="toy world, 5 s: open, fixed and changing motion"),
+    "toy-long": SuiteFile("toy-long.jsonl", frames=477, title="toy world, 30 s: motion that should hold"),
+    "smoke": SuiteFile("smoke.jsonl", frames=33, title="two clips of 2 s, to see that everything runs"),
+}
+
+Item = TypeVar("Item")
+
+
+def load_suite(name_or_path: str, limit: int | None = None) -> Suite:
+    """A built-in suite by name, or one from a .jsonl or .yaml file; `limit` keeps its first prompts, with their ids.
+
+    Raises:
+        UserError: no such suite, a wrong field, or a prompt that cannot be used; names the file and line.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit} leaves no prompt; the least is 1")
+    if name_or_path.endswith((".jsonl", ".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise UserError(f"suite {path}: there is no such file")
+        if not re.fullmatch(r"\w[\w.-]*", path.stem, re.ASCII):
+            raise UserError(f"suite {path}: its clips go into a folder named after it, so name the file with letters, digits, '-' and '_' only")
+        name, folder = path.stem, path.parent
+        header = SuiteFile(path.name) if path.suffix == ".jsonl" else _read_header(path)
+    elif name_or_path in SUITES:
+        name, folder, header = name_or_path, PROMPTS, SUITES[name_or_path]
+    else:
+        raise UserError(f"there is no suite '{name_or_path}'{did_you_mean(name_or_path, SUITES)}")
+    prompts = _read_prompts(folder / header.prompts)
+    return Suite(name, header.frames, header.fps, header.seed, header.samples, prompts[:limit])
+
+
+def suite_sha256(suite: Suite) -> str:
+    """Identity of what a suite asks for; its name is only a label."""
+    return fingerprint({key: value for key, value in as_plain(suite).items() if key != "name"})
+
+
+def clip_id(prompt_id: int, sample: int) -> str:
+    """`0007-1`: what a clip's file is called."""
+    return f"{prompt_id:04d}-{sample}"
+
+
+def clip_seed(suite_seed: int, prompt_id: int, sample: int) -> int:
+    """Seed of one clip's torch.Generator: the first 63 bits of sha256("<suite seed>/<prompt id>/<sample>").
+
+    It depends on nothing else, so a clip is the same from any machine, shard and order.
+    """
+    digest = hashlib.sha256(f"{suite_seed}/{prompt_id}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def shard(items: Sequence[Item], part: str) -> list[Item]:
+    """Every N-th item from the I-th on, for `part` "I/N" with I from 1 to N: the shards are disjoint and cover all.
+
+    Raises:
+        UserError: `part` is not of that form.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {part}: write I/N with I from 1 to N, for example 1/4 to 4/4")
+    return list(items[int(match[1]) - 1 :: int(match[2])])
+
+
+def _read_header(path: Path) -> SuiteFile:
+    import yaml
+
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"suite {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    header: SuiteFile = build(SuiteFile, plain, where=f"suite {path}")
+    return header
+
+
+def _read_prompts(path: Path) -> tuple[Prompt, ...]:
+    if not path.is_file():
+        raise UserError(f"prompts {path}: there is no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 is no end of a JSON line
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    if lines[-1].strip() == "":
+        lines.pop()
+    if not lines:
+        raise UserError(f'prompts {path}: there is no prompt in it; write one {{"text": ...}} per line')
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"prompts {path} line {number}"
+        prompt = _read_prompt(line, number - 1, where)
+        first = seen.setdefault(unicodedata.normalize("NFC", prompt.text), number)
+        if first != number:
+            raise UserError(f"{where}: the same prompt as line {first}; remove one, or raise 'samples' to make several clips of it")
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def _read_prompt(line: str, prompt_id: int, where: str) -> Prompt:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f'{where}: not JSON; write {{"text": "a red disc"}}') from None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(value.get("generate_from"), str | None):
+        raise UserError(f'{where}: expected an object with a string "text" and, if you like, a string "generate_from"')
+    fields = [field.name for field in dataclasses.fields(Prompt) if field.name != "id"]
+    for key in value:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)}")
+    for key, text in value.items():
+        problem = text is not None and _unusable(text)
+        if problem:
+            raise UserError(f"{where}: '{key}' {problem}")
+    return Prompt(prompt_id, value["text"], value.get("generate_from"))
+
+
+def _unusable(text: str) -> str:
+    """What is wrong with a prompt, or nothing. Emoji, other scripts and `../../x` are only text."""
+    if not text.strip():
+        return "is empty; write a prompt or remove the line"
+    if len(text) > LONGEST:
+        return f"has {len(text)} characters; the most is {LONGEST}"
+    for at, letter in enumerate(text):
+        if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp"):
+            return f"has a control character or line break (U+{ord(letter):04X}) at position {at}; remove it"
+    return ""
