@@ -1,4 +1,4 @@
-"""The four nouns that a person writes, as frozen dataclasses, and the one strict way from YAML to them.
+"""The four nouns that a person writes and the settings of a machine, as frozen dataclasses, and the one strict way to them.
 
 Every key is a field that somebody reads; an unknown key, a wrong type or a setting that would not be used is a UserError.
 `KEY=VALUE` overrides use the same path. Torch is not imported here.
@@ -7,6 +7,8 @@ Every key is a field that somebody reads; an unknown key, a wrong type or a sett
 from __future__ import annotations
 
 import dataclasses
+import os
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,7 +41,9 @@ class CacheCfg:
                 wanted = "needs" if name in needs[self.policy] else "does not use"
                 raise UserError(f"cache policy '{self.policy}' {wanted} '{name}'")
         if self.policy == "ema_sink" and self.rope == "absolute":
-            raise UserError("cache policy 'ema_sink' with rope 'absolute' would average keys that were rotated to different positions; use rope 'relative'")
+            raise UserError(
+                "cache policy 'ema_sink' with rope 'absolute' would average keys that were rotated to different positions; use rope 'relative'"
+            )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"cache alpha is {self.alpha}; it is a share between 0 and 1")
 
@@ -253,6 +257,82 @@ class Study:
     needs: str = ""
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """A device, and what its maker prints as the dense peak of its matrix units: TFLOP/s by dtype."""
+
+    title: str
+    match: str  # part of the device's name as torch tells it
+    tflops: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PathsCfg:
+    runs: str = "runs"
+    weights: str = "weights"
+    reports: str = "reports"
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """What rfbench.toml says."""
+
+    paths: PathsCfg = PathsCfg()
+    hardware: dict[str, Hardware] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things are on this machine, never what a thing is."""
+
+    runs: Path  # what train, generate, eval and profile write
+    weights: Path  # weights that are too large to ship
+    reports: Path
+    hardware: dict[str, Hardware]
+
+    def hardware_name(self, device: str) -> str:
+        """What a device is called here: the table that matches its name ("NVIDIA H200" is h200), else the name in path letters."""
+        for name, table in self.hardware.items():
+            if table.match.lower() in device.lower():
+                return name
+        return "-".join("".join(letter if letter.isalnum() else " " for letter in device.lower()).split())
+
+
+def settings_file() -> Path | None:
+    """The rfbench.toml in force: the one that RFBENCH_TOML names, else of the current directory, else of the checkout.
+
+    Raises:
+        UserError: RFBENCH_TOML names a file that is not there.
+    """
+    named = os.environ.get("RFBENCH_TOML")
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"RFBENCH_TOML is {named}, but there is no such file; set it to an rfbench.toml or unset it")
+        return Path(named).resolve()
+    for folder in (Path.cwd(), HOME):
+        if (folder / "rfbench.toml").is_file():
+            return folder / "rfbench.toml"
+    return None
+
+
+def settings() -> Settings:
+    """The settings of this machine; relative paths start at rfbench.toml, or at the current directory if there is none.
+
+    Raises:
+        UserError: not TOML, an unknown key or a wrong type.
+    """
+    path = settings_file()
+    found = SettingsFile()
+    if path is not None:
+        try:
+            found = build(SettingsFile, tomllib.loads(path.read_text(encoding="utf-8")), where=str(path))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML ({error})") from None
+    home = path.parent if path else Path.cwd()
+    runs, weights, reports = (home / Path(folder).expanduser() for folder in (found.paths.runs, found.paths.weights, found.paths.reports))
+    return Settings(runs, weights, reports, found.hardware)
+
+
 Noun = TypeVar("Noun")
 FOLDERS: dict[type, str] = {Recipe: "recipes", Baseline: "baselines", Study: "recipes/studies"}
 
@@ -299,7 +379,7 @@ def load_plain(path: Path, overrides: Sequence[str] | Mapping[str, Any], kind: t
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
     try:
-        merged = OmegaConf.load(path)
+        merged: Any = OmegaConf.load(path)
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals:
@@ -318,7 +398,7 @@ def check_key(kind: type, dotted: str) -> None:
     """Refuse an override of a field that does not exist, before it is merged in."""
     here: Any = kind
     for part in dotted.split("."):
-        choices = [item for item in _alternatives(here) if dataclasses.is_dataclass(item)]
+        choices: list[Any] = [item for item in _alternatives(here) if dataclasses.is_dataclass(item)]
         if not choices:
             if dict in {typing.get_origin(item) or item for item in _alternatives(here)}:
                 return
@@ -356,7 +436,7 @@ def build(kind: Any, value: Any, *, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected a mapping, found {value!r}")
-        return dict(value)
+        return {key: build(typing.get_args(kind)[1], part, where=f"{where}.{key}") for key, part in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Any or type(value) is kind:
