@@ -1,0 +1,194 @@
+"""Intervals, paired differences and verdicts over prompts and training seeds, from a clustered bootstrap.
+
+Clips of one prompt are no independent evidence, and neither are the prompts of one trained model: prompts are resampled
+whole, and where there are several training seeds they are resampled as well (both apply to every clip: the two are
+crossed). The percentile interval of that bootstrap is too short for few prompts and much too short for few seeds, so its
+two ends are stretched away from the estimate until its standard error is the unbiased one and its multiplier is
+Student's t at Satterthwaite's degrees of freedom. Measured coverage of nominal 95 % intervals, 1500 simulated tables
+each (normal prompts; `seed sd` in units of the prompts' standard deviation; `benchmarks/intervals.py`):
+
+    seeds  prompts  seed sd   percentile   BCa   stretched
+      1       6       -          86 %      86 %      96 %
+      1      12       -          90 %      90 %      94 %
+      1      30       -          94 %      93 %      96 %
+      2      12       0.3        90 %      90 %      96 %
+      2      12       1.0        75 %      75 %      90 %
+      3      30       1.0        79 %      80 %      92 %
+
+BCa corrects skewness and bias, not the number of clusters, and buys nothing here. With two seeds that differ more than
+the prompts do, the stretched interval is wide and still a little short: the remedy is a third seed.
+
+Shapes: S training seeds, P prompts, R bootstrap resamples, N clips. Nothing here is random: the resamples are fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+LEVEL = 0.95
+POWER = 0.80  # of `detectable`
+RESAMPLES = 4000
+FEWEST_ALIKE = 6  # prompts that all show the same difference: 2 * 2**-6 < 5 % in a sign test, 5 prompts would not do
+REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "reproduced", "contradicted", "inconclusive", "not run"
+VERDICTS = (REPRODUCED, CONTRADICTED, INCONCLUSIVE, NOT_RUN)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Clip values of one contender, added up by training seed and prompt."""
+
+    seeds: tuple[Hashable, ...]
+    prompts: tuple[Hashable, ...]
+    total: Array  # [S, P]
+    count: Array  # [P], clips per prompt and seed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval; without `low` and `high`, `why` says what the interval lacks."""
+
+    value: float
+    low: float | None
+    high: float | None
+    error: float  # standard error
+    freedom: float  # Satterthwaite degrees of freedom of the error
+    clips: int
+    prompts: int
+    seeds: int
+    why: str = ""
+
+
+def sample(values: npt.ArrayLike, prompts: Sequence[Hashable], seeds: Sequence[Hashable] | None = None) -> Sample:
+    """Group clip values: three sequences of length N; without `seeds` all clips are of one.
+
+    Raises:
+        ValueError: nothing, a value that is not finite, or seeds that did not make the same clips.
+    """
+    flat = np.asarray(values, dtype=np.float64)
+    seeds = [0] * len(flat) if seeds is None else seeds
+    if not len(flat) or not len(flat) == len(prompts) == len(seeds):
+        raise ValueError(f"{len(flat)} values, {len(prompts)} prompts and {len(seeds)} seeds are no sample")
+    if not np.isfinite(flat).all():
+        raise ValueError("a value is not finite")
+    seed_names, prompt_names = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(prompts))
+    row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (seed_names, prompt_names))
+    row, column = [row_of[name] for name in seeds], [column_of[name] for name in prompts]
+    total, count = np.zeros((2, len(seed_names), len(prompt_names)))
+    np.add.at(total, (row, column), flat)
+    np.add.at(count, (row, column), 1)
+    if (count != count[0]).any():
+        raise ValueError("the training seeds did not make the same number of clips for each prompt")
+    return Sample(seed_names, prompt_names, total, count[0])
+
+
+def mean(of: Sample) -> Interval:
+    """Mean over clips, with an interval over prompts and training seeds."""
+    return _interval(of, None)
+
+
+def difference(better: Sample, than: Sample) -> Interval:
+    """Mean of `better - than` over the same clips: paired by prompt, and by training seed where both have the same seeds.
+
+    Raises:
+        ValueError: the two are not over the same clips.
+    """
+    if set(better.prompts) != set(than.prompts):
+        raise ValueError("a paired difference needs the same prompts on both sides")
+    order = [than.prompts.index(name) for name in better.prompts]
+    than = Sample(than.seeds, better.prompts, than.total[:, order], than.count[order])
+    if (better.count != than.count).any():
+        raise ValueError("a paired difference needs the same number of clips of each prompt on both sides")
+    if set(better.seeds) == set(than.seeds):
+        than = Sample(better.seeds, than.prompts, than.total[[than.seeds.index(name) for name in better.seeds]], than.count)
+    return _interval(better, than)
+
+
+def _interval(one: Sample, other: Sample | None) -> Interval:
+    """Interval of mean(one) - mean(other), or of mean(one)."""
+    sides = [one] if other is None else [one, other]
+    matched = other is not None and one.seeds == other.seeds
+    count, seeds, prompts = one.count, min(len(side.seeds) for side in sides), len(one.prompts)
+    clips = int(count.sum()) * seeds
+    # a difference of two contenders is one table of differences as far as prompts go, and for seeds where they match
+    tables = [one.total - other.total] if matched and other is not None else [one.total, *(() if other is None else (-other.total,))]
+    value = float(sum(table.mean(0).sum() for table in tables) / count.sum())
+    if prompts == 1:
+        return Interval(value, None, None, math.nan, 0.0, clips, 1, seeds, "one prompt")
+    by_prompt = sum((table.mean(0) for table in tables), np.zeros(prompts))
+    parts = [(float(((by_prompt - value * count) / count.mean()).var(ddof=1)) / prompts, prompts - 1)]
+    parts += [(float((table.sum(1) / count.sum()).var(ddof=1)) / len(table), len(table) - 1) for table in tables if len(table) > 1]
+    error = math.sqrt(sum(variance for variance, _ in parts))
+    if error <= 1e-12 * max(1.0, float(np.abs(by_prompt / count).max())):
+        return _alike(value, clips, prompts, seeds, paired=other is not None)
+    freedom = error**4 / sum(variance**2 / free for variance, free in parts)
+    draws = sum(_draws(table, count, stream) for stream, table in enumerate(tables))
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    stretch = student(freedom, LEVEL) * error / (student(math.inf, LEVEL) * float(np.std(draws)))
+    return Interval(value, value + stretch * (float(low) - value), value + stretch * (float(high) - value), error, freedom, clips, prompts, seeds)
+
+
+def _alike(value: float, clips: int, prompts: int, seeds: int, *, paired: bool) -> Interval:
+    """No spread at all: the bootstrap is mute, but enough prompts with one and the same difference decide its sign."""
+    if paired and prompts >= FEWEST_ALIKE:
+        return Interval(value, value, value, 0.0, prompts - 1, clips, prompts, seeds, "the same difference on every prompt")
+    return Interval(value, None, None, 0.0, prompts - 1, clips, prompts, seeds, "the same on every prompt")
+
+
+def _draws(table: Array, count: Array, stream: int) -> Array:
+    """Bootstrap resamples of a table's mean per clip: [S, P], [P] -> [R]. Prompts are drawn alike for every `stream`, seeds are not."""
+    seeds, prompts = table.shape
+    drawn = _weights(prompts, 0)
+    total = drawn @ table.mean(0) if seeds == 1 else ((_weights(seeds, 1 + stream) @ table) * drawn).sum(1) / seeds
+    return np.asarray(total / (drawn @ count))
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(units: int, stream: int) -> Array:
+    """How often each of `units` is drawn in each resample: [R, units]."""
+    rng = np.random.default_rng([stream, units])
+    return rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=4096)
+def student(freedom: float, level: float) -> float:
+    """The t that a Student variable of `freedom` >= 1 degrees (inf: normal) stays within, either side, at probability `level`.
+
+    With t = sqrt(freedom) tan(angle), the density over the angle is proportional to cos(angle)**(freedom - 1).
+    """
+    if freedom > 1e6:
+        freedom = 1e6
+    widest = min(math.pi / 2, 12 / math.sqrt(freedom))
+    angle = np.linspace(0, widest, 20_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    within = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (freedom - 1))])
+    return float(math.sqrt(freedom) * math.tan(np.interp(level, within / within[-1], angle)))
+
+
+def detectable(of: Interval) -> float | None:
+    """The smallest true difference that a repetition with as much noise would tell from none with a probability of 80 %."""
+    if of.low is None or of.error == 0:
+        return None
+    return (student(of.freedom, LEVEL) + student(of.freedom, 2 * POWER - 1)) * of.error
+
+
+def verdict(low: float | None, high: float | None, margin: float = 0.0) -> str:
+    """What an interval of a difference, positive where the claim says it is, makes of "more than `margin`".
+
+    Without an interval nothing is decided. An interval that lies below the margin contradicts the claim even where the
+    difference is positive: it is smaller than was claimed.
+    """
+    if low is None or high is None:
+        return INCONCLUSIVE
+    if not low <= high:
+        raise ValueError(f"[{low}, {high}] is not an interval")
+    if low > margin:
+        return REPRODUCED
+    return CONTRADICTED if high < margin else INCONCLUSIVE

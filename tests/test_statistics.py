@@ -1,0 +1,231 @@
+"""Intervals against closed forms, scipy and simulation; verdicts against their definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from rfbench import statistics
+from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, LEVEL, REPRODUCED, Interval, detectable, difference, mean, sample, student, verdict
+
+
+def grid(y_SPN: statistics.Array, *, backwards: bool = False) -> statistics.Sample:
+    """A Sample from values by seed, prompt and clip, listed in this order or from the end."""
+    listed = list(np.ndenumerate(y_SPN))[:: -1 if backwards else 1]
+    return sample([value for _, value in listed], [place[1] for place, _ in listed], [place[0] for place, _ in listed])
+
+
+def ends(found: Interval) -> tuple[float, float]:
+    """Both ends of an interval that has to be there."""
+    assert found.low is not None and found.high is not None, found.why
+    return found.low, found.high
+
+
+def width(found: Interval) -> float:
+    return ends(found)[1] - ends(found)[0]
+
+
+@pytest.mark.parametrize("freedom", [1, 1.3, 2, 3.5, 10, 57.5, 1e4])
+@pytest.mark.parametrize("level", [0.5, 0.6, 0.95, 0.99])
+def test_student_is_the_quantile_that_scipy_knows(freedom: float, level: float) -> None:
+    assert student(freedom, level) == pytest.approx(stats.t.ppf((1 + level) / 2, freedom), rel=1e-4)
+
+
+def test_student_of_infinite_freedom_is_normal() -> None:
+    assert student(math.inf, 0.95) == pytest.approx(stats.norm.ppf(0.975), rel=1e-4)
+
+
+def test_interval_of_many_prompts_is_scipys_percentile_bootstrap() -> None:
+    values = np.random.default_rng(3).exponential(size=400)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0)).confidence_interval
+    ours = mean(sample(values, range(400)))
+    assert ours.value == pytest.approx(values.mean())
+    assert ends(ours) == pytest.approx((theirs.low, theirs.high), abs=0.04 * (theirs.high - theirs.low))
+
+
+def test_interval_of_few_prompts_is_students() -> None:
+    values = np.random.default_rng(5).normal(size=8)
+    values = np.concatenate([values, -values])  # symmetric, so that the bootstrap is as well
+    expected = stats.t.interval(0.95, 15, loc=values.mean(), scale=stats.sem(values))
+    ours = mean(sample(values, range(16)))
+    assert ours.error == pytest.approx(stats.sem(values))
+    assert ours.freedom == pytest.approx(15)
+    assert ends(ours) == pytest.approx(expected, abs=0.06 * (expected[1] - expected[0]))
+
+
+def test_clips_of_one_prompt_are_one_piece_of_evidence() -> None:
+    values = np.random.default_rng(1).normal(size=12)
+    once = mean(sample(values, range(12)))
+    repeated = mean(sample(np.repeat(values, 5), np.repeat(np.arange(12), 5).tolist()))
+    assert ends(repeated) == pytest.approx(ends(once))
+    assert (repeated.clips, repeated.prompts) == (60, 12)
+
+
+def test_unequal_numbers_of_clips_weigh_clips_and_match_the_ratio_estimator() -> None:
+    rng = np.random.default_rng(2)
+    counts = rng.integers(1, 5, size=200)
+    prompts = np.repeat(np.arange(200), counts)
+    values = rng.normal(size=len(prompts)) + rng.normal(size=200)[prompts]
+    ours = mean(sample(values, prompts.tolist()))
+    draws = rng.integers(0, 200, size=(4000, 200))
+    totals = np.bincount(prompts, weights=values)
+    brute = totals[draws].sum(1) / counts[draws].sum(1)
+    assert ours.value == pytest.approx(values.mean())
+    assert ours.error == pytest.approx(brute.std(), rel=0.05)
+    assert ends(ours) == pytest.approx(np.quantile(brute, [0.025, 0.975]), abs=0.1 * brute.std())
+
+
+def test_seeds_that_disagree_widen_the_interval_and_agreeing_ones_do_not() -> None:
+    y_p = np.random.default_rng(4).normal(size=(1, 20, 1))
+    agree = mean(grid(np.concatenate([y_p, y_p])))
+    alone = mean(grid(y_p))
+    apart = mean(grid(np.concatenate([y_p - 1, y_p + 1])))
+    assert width(agree) == pytest.approx(width(alone), rel=0.02)
+    assert width(apart) > 10  # t of one degree of freedom times a standard error of 1, nearly
+    assert apart.freedom == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "prompts", "seed_sd", "least"),
+    [(1, 6, 0.0, 0.90), (1, 12, 0.0, 0.92), (1, 30, 0.0, 0.92), (2, 12, 0.3, 0.92), (2, 12, 1.0, 0.84), (3, 24, 1.0, 0.88)],
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, prompts: int, seed_sd: float, least: float) -> None:
+    rng = np.random.default_rng(11)
+    tables, covered, plain = 400, 0, 0
+    for _ in range(tables):
+        y = rng.normal(size=(1, prompts)) + seed_sd * rng.normal(size=(seeds, 1)) + 0.5 * rng.normal(size=(seeds, prompts))
+        found = mean(grid(y[..., None]))
+        covered += ends(found)[0] <= 0 <= ends(found)[1]
+        draws = statistics._draws(y, np.ones(prompts), 0)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        plain += low <= 0 <= high
+    assert least <= covered / tables <= 0.99
+    assert covered >= plain  # what the stretching is for
+
+
+def test_difference_is_paired() -> None:
+    rng = np.random.default_rng(7)
+    hard = rng.normal(size=(1, 24, 2)) * 10  # prompts differ far more than contenders
+    one, other = hard + 1 + 0.1 * rng.normal(size=(1, 24, 2)), hard + 0.1 * rng.normal(size=(1, 24, 2))
+    found = difference(grid(one), grid(other))
+    by_prompt = (one - other).mean(axis=(0, 2))
+    assert found.value == pytest.approx((one - other).mean())
+    assert found.error == pytest.approx(stats.sem(by_prompt))
+    assert 0.9 < ends(found)[0] < 1 < ends(found)[1] < 1.1
+    assert ends(mean(grid(one)))[0] < ends(mean(grid(other)))[1]  # unpaired, nobody could tell them apart
+
+
+def test_difference_is_antisymmetric_whatever_the_order_of_prompts_and_seeds() -> None:
+    rng = np.random.default_rng(8)
+    y, z = rng.normal(size=(2, 10, 2)), rng.normal(size=(2, 10, 2))
+    forward = difference(grid(y), grid(z))
+    shuffled = grid(z, backwards=True)
+    assert difference(grid(y), shuffled).value == pytest.approx(forward.value)
+    assert difference(grid(y), shuffled).error == pytest.approx(forward.error)
+    back = difference(grid(z), grid(y))
+    assert (back.value, *ends(back)) == pytest.approx((-forward.value, -ends(forward)[1], -ends(forward)[0]))
+
+
+def test_difference_of_a_trained_and_an_untrained_contender_counts_the_seeds_of_the_trained_one() -> None:
+    rng = np.random.default_rng(9)
+    trained, fixed = rng.normal(size=(3, 15, 1)) + rng.normal(size=(3, 1, 1)), rng.normal(size=(1, 15, 1))
+    found = difference(grid(trained), grid(fixed))
+    by_prompt, by_seed = trained.mean(axis=(0, 2)) - fixed.mean(axis=(0, 2)), trained.mean(axis=(1, 2))
+    assert found.value == pytest.approx(by_prompt.mean())
+    assert found.error**2 == pytest.approx(by_prompt.var(ddof=1) / 15 + by_seed.var(ddof=1) / 3)
+
+
+def test_difference_of_unequal_numbers_of_seeds_takes_both_seed_variances() -> None:
+    rng = np.random.default_rng(10)
+    y, z = rng.normal(size=(3, 12, 1)), rng.normal(size=(2, 12, 1))
+    found = difference(grid(y), grid(z))
+    parts = (y.mean((0, 2)) - z.mean((0, 2))).var(ddof=1) / 12, y.mean((1, 2)).var(ddof=1) / 3, z.mean((1, 2)).var(ddof=1) / 2
+    assert found.error**2 == pytest.approx(sum(parts))
+    assert found.seeds == 2
+
+
+def test_one_prompt_has_no_interval_and_says_so() -> None:
+    found = mean(sample([1.0, 2.0], [0, 0]))
+    assert (found.value, found.low, found.high, found.why) == (1.5, None, None, "one prompt")
+    assert detectable(found) is None
+    assert verdict(found.low, found.high) == INCONCLUSIVE
+
+
+def test_no_spread_is_no_certainty_for_a_mean() -> None:
+    found = mean(sample([1.0] * 30, range(30)))
+    assert (found.value, found.low) == (1.0, None)
+    assert "every prompt" in found.why
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [(5, INCONCLUSIVE), (6, REPRODUCED)])
+def test_the_same_difference_everywhere_decides_from_six_prompts_on(prompts: int, expected: str) -> None:
+    found = difference(sample([1.0] * prompts, range(prompts)), sample([0.0] * prompts, range(prompts)))
+    assert verdict(found.low, found.high) == expected
+    assert (stats.binomtest(prompts, prompts).pvalue < 1 - LEVEL) == (expected == REPRODUCED)
+
+
+def test_identical_contenders_are_never_told_apart() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    found = difference(sample(values, range(20)), sample(values, range(20)))
+    assert verdict(found.low, found.high) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("values", "prompts", "seeds"),
+    [([], [], None), ([1.0, math.nan], [0, 1], None), ([1.0, math.inf], [0, 1], None), ([1.0], [0, 1], None), ([1.0, 2, 3], [0, 1, 0], [0, 0, 1])],
+)
+def test_what_is_missing_or_not_finite_is_refused(values: list[float], prompts: list[int], seeds: list[int] | None) -> None:
+    with pytest.raises(ValueError):
+        sample(values, prompts, seeds)
+
+
+@pytest.mark.parametrize("other", [[0, 1, 3], [0, 1, 2, 2]])
+def test_a_difference_over_other_clips_is_refused(other: list[int]) -> None:
+    with pytest.raises(ValueError):
+        difference(sample([1.0, 2.0, 3.0], [0, 1, 2]), sample([1.0] * len(other), other))
+
+
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
+    rng = np.random.default_rng(12)
+    size = detectable(Interval(0, -1, 1, 1 / math.sqrt(25), 24, 25, 25, 1))
+    assert size is not None
+    found = [ends(mean(sample(rng.normal(loc=size, size=25), range(25))))[0] > 0 for _ in range(400)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_verdict_is_its_definition(low: float, width: float, margin: float) -> None:
+    high = low + width
+    expected = REPRODUCED if low > margin else CONTRADICTED if high < margin else INCONCLUSIVE
+    assert verdict(low, high, margin) == expected
+
+
+def test_verdict_refuses_what_is_no_interval() -> None:
+    with pytest.raises(ValueError):
+        verdict(math.nan, math.nan)
+    with pytest.raises(ValueError):
+        verdict(2.0, 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3).flatmap(
+        lambda s: st.integers(2, 7).flatmap(
+            lambda p: st.lists(st.floats(-1e3, 1e3), min_size=s * p, max_size=s * p).map(lambda v: np.reshape(v, (s, p, 1)))
+        )
+    ),
+    st.floats(0.1, 10),
+    st.floats(-100, 100),
+)
+def test_interval_holds_its_estimate_and_moves_with_units(y: statistics.Array, scale: float, shift: float) -> None:
+    found, moved = mean(grid(y)), mean(grid(y * scale + shift))
+    assert moved.value == pytest.approx(found.value * scale + shift, rel=1e-6, abs=1e-6)
+    if found.error > 1e-6:
+        low, high = ends(found)
+        assert low <= found.value <= high
+        assert ends(moved) == pytest.approx((low * scale + shift, high * scale + shift), rel=1e-5, abs=1e-5)
