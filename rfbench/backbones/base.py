@@ -1,0 +1,80 @@
+"""What the sampler, the trainer and the verbs need of a backbone; it owns all shapes.
+
+Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, L text tokens, E text width, T pixel frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rfbench.backbones.wan.dit import WanDiT
+from rfbench.registry import pick
+
+BACKBONES: dict[str, str] = {"toy": "rfbench.backbones.toy:ToyBackbone"}
+TEMPORAL = 4  # pixel frames per latent frame, but the first, which is one
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """Size of a clip in latents and in pixels."""
+
+    channels: int
+    height: int
+    width: int
+    pixel_height: int
+    pixel_width: int
+    fps: int
+
+
+def pixel_frames(latents: int) -> int:
+    """Pixel frames of a clip: 1 + 4 (latents - 1), never 4 times."""
+    return 1 + TEMPORAL * (latents - 1)
+
+
+def latent_frames(frames: int, chunk: int | None) -> int:
+    """Latent frames that hold `frames` pixel frames, rounded up to whole chunks."""
+    latents = 1 + -(-(frames - 1) // TEMPORAL)
+    return latents if chunk is None else -(-latents // chunk) * chunk
+
+
+class Decoder(Protocol):
+    """Streaming state of one batch of clips being decoded."""
+
+    def __call__(self, latent_BFCHW: Tensor) -> Tensor:
+        """The next frames' pixels [B, T, 3, H, W], in [-1, 1]; the first latent ever gives 1 frame, each other 4."""
+
+
+class Backbone(Protocol):
+    """A `torch.nn.Module`. Text -> embedding; (latent chunk, t, cache) -> flow; latents -> pixels as a stream."""
+
+    shape: VideoShape
+    denoiser: WanDiT
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L, E], zero rows as padding; the empty prompt is the unconditional one."""
+
+    def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of whole clips, without gradients."""
+
+    def decoder(self) -> Decoder:
+        """A decoder at the beginning of a clip."""
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
+        """Take the weights of a checkpoint, strictly; `where` names it in errors."""
+
+    def fresh(self, seed: int) -> None:
+        """Start from random weights, with whatever is not trained fitted or fetched."""
+
+
+def open_backbone(name: str) -> Backbone:
+    """A backbone in float32 on the CPU whose weights are still to be loaded.
+
+    Raises:
+        UserError: there is no backbone of that name.
+    """
+    backbone: Backbone = pick(BACKBONES, name, what="backbone")()
+    return backbone

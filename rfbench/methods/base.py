@@ -1,0 +1,69 @@
+"""What a training objective is to the trainer, and where a batch's randomness comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rfbench.backbones.base import VideoShape
+
+METHODS: dict[str, str] = {
+    "flow": "rfbench.methods.flow:FlowMatching",
+    "ode": "rfbench.methods.ode:OdeRegression",
+    "dmd": "rfbench.methods.dmd:Dmd",
+    "redmd": "rfbench.methods.redmd:ReDmd",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch is its clips' seeds: everything random about a clip comes from its own generator.
+
+    So a batch split into micro-batches gives the same gradient as the whole one. `shared` seeds what all clips of an
+    optimiser step have in common (the exit step of a rollout).
+    """
+
+    seeds: tuple[int, ...]
+    shared: int
+
+    def split(self, parts: int) -> list[Batch]:
+        """`parts` micro-batches of equal size."""
+        size = len(self.seeds) // parts
+        return [Batch(self.seeds[i * size : (i + 1) * size], self.shared) for i in range(parts)]
+
+
+class Draws:
+    """One CPU generator per clip. Called with a number of latent frames it is a sampler's noise source."""
+
+    def __init__(self, shape: VideoShape, seeds: Sequence[int]) -> None:
+        self.size = (shape.channels, shape.height, shape.width)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, frames: int) -> Tensor:
+        """Standard normal [B, F, C, H, W]."""
+        return torch.stack([torch.randn(frames, *self.size, generator=rng) for rng in self.generators])
+
+    def uniform(self) -> Tensor:
+        """[B] in [0, 1), float64."""
+        return torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in self.generators])
+
+    def integers(self, high: int) -> list[int]:
+        """One integer below `high` per clip."""
+        return [int(torch.randint(high, (1,), generator=rng)) for rng in self.generators]
+
+
+class Method(Protocol):
+    """A training objective. `modules` are trained, each with its own optimiser; "generator" is what comes out."""
+
+    modules: dict[str, nn.Module]
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Which modules this optimiser step updates."""
+
+    def losses(self, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of each module in `turns`, mean over the batch, and per-clip statistics [B] to log."""
+

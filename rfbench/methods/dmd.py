@@ -1,0 +1,117 @@
+"""Distribution matching distillation of a streaming student (DMD in Self Forcing's form).
+
+The student rolls a clip out through the shared sampler; the gradient on the clip is the difference of two score models, a
+frozen teacher and a critic that learns the student's distribution by flow matching between the student's steps.
+
+Shapes: B batch, F latent frames, C channels, H and W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from rfbench.backbones.base import Backbone
+from rfbench.config import Recipe, ScoreCfg
+from rfbench.data import draw_prompts
+from rfbench.methods.base import Batch, Draws
+from rfbench.sampler import stream, timesteps
+from rfbench.schedule import Schedule, add_noise, flow_to_x0, shifted, x0_to_flow
+
+
+def score_timesteps(raw_B: Tensor, shift: float, cfg: ScoreCfg) -> Tensor:
+    """Timestep at which a clip's scores are compared: `raw` in [0, 1) shifted, in [t_min, t_max]: [B]."""
+    return (shifted(raw_B, shift) * 1000).clamp(cfg.t_min, cfg.t_max)
+
+
+def matching_gradient(video_BFCHW: Tensor, real_BFCHW: Tensor, fake_BFCHW: Tensor) -> Tensor:
+    """(fake - real) / mean |video - real|, the mean over everything but the batch: the direction away from the data."""
+    scale = (video_BFCHW - real_BFCHW).abs().mean((1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((fake_BFCHW - real_BFCHW) / scale)
+
+
+def matching_loss(video_BFCHW: Tensor, gradient_BFCHW: Tensor, mask_BF: Tensor | None = None) -> Tensor:
+    """Half the mean squared distance to a target one gradient step away, per clip, in float64: [B].
+
+    Its derivative by the clip is the given gradient over the number of elements; frames outside `mask_BF` take no part.
+    """
+    target = (video_BFCHW.double() - gradient_BFCHW.double()).detach()
+    error_BF = 0.5 * (video_BFCHW.double() - target).square().mean((2, 3, 4))
+    if mask_BF is None:
+        return error_BF.mean(1)
+    return (error_BF * mask_BF).sum(1) / mask_BF.sum(1)
+
+
+class Dmd:
+    """Student, critic and teacher; `weights` is where Re-DMD comes in."""
+
+    def __init__(self, recipe: Recipe, student: Backbone, teacher: Backbone) -> None:
+        assert recipe.scores is not None
+        self.recipe, self.cfg = recipe, recipe.scores
+        self.student, self.teacher = student, teacher
+        self.critic = copy.deepcopy(teacher.denoiser)
+        teacher.denoiser.requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {"generator": student.denoiser, "critic": self.critic}
+        self.schedule = Schedule(recipe.sampler.shift)
+        self.score_schedule = Schedule(self.cfg.score_shift)
+        self.exits = len(timesteps(recipe.sampler))
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return ("generator", "critic") if step % self.cfg.generator_every == 0 else ("critic",)
+
+    def losses(self, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        prompts, draws = draw_prompts(batch.seeds), Draws(self.student.shape, batch.seeds)
+        with torch.no_grad():
+            text = self.student.encode_text(prompts)
+        exit_step = int(torch.randint(self.exits, (1,), generator=torch.Generator().manual_seed(batch.shared)))
+        rollout = stream(
+            self.student, text, self.recipe.latents, self.recipe.sampler, draws, exit_step=exit_step, grad_from=0 if "generator" in turns else None
+        )
+        video = torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1)
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        if "generator" in turns:
+            t_B, noise = self._score_draws(draws), draws(self.recipe.latents)
+            with torch.no_grad():
+                gradient = matching_gradient(video, *self.scores(video, noise, t_B, text))
+                weight_B, stats = self.weights(video, prompts)
+            loss_B = matching_loss(video, gradient)
+            losses["generator"] = (weight_B * loss_B).mean()
+            stats |= {"loss": loss_B.detach(), "matching_gradient": gradient.abs().mean((1, 2, 3, 4))}
+        if "critic" in turns:
+            error_B = self.critic_error(video.detach(), draws(self.recipe.latents), self._score_draws(draws), text)
+            losses["critic"] = error_B.mean()
+            stats["critic_loss"] = error_B.detach()
+        return losses, stats
+
+    def _score_draws(self, draws: Draws) -> Tensor:
+        return score_timesteps(draws.uniform(), self.recipe.sampler.shift, self.cfg)
+
+    def scores(self, video_BFCHW: Tensor, noise_BFCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """What the teacher (with guidance) and the critic (without) take the noised clip for: x0 of both."""
+        t_B1 = t_B[:, None]
+        noisy = add_noise(video_BFCHW, noise_BFCHW, self.schedule.sigma(t_B1))
+        sigma_B1 = self.score_schedule.sigma(t_B1)
+        real = flow_to_x0(self.teacher.denoiser(noisy, t_B1, text_BLE), noisy, sigma_B1)
+        if self.cfg.guidance != 0.0:
+            null = self.teacher.encode_text([""] * len(text_BLE))
+            real = real + self.cfg.guidance * (real - flow_to_x0(self.teacher.denoiser(noisy, t_B1, null), noisy, sigma_B1))
+        return real, flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, sigma_B1)
+
+    def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weight of each clip's loss, and what to log about it."""
+        return torch.ones(len(video_BFCHW), dtype=torch.float64), {}
+
+    def critic_error(self, video_BFCHW: Tensor, noise_BFCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> Tensor:
+        """Flow matching error of the critic on a clip that the student made, per clip: [B].
+
+        The critic's flow goes to x0 and back through two sigma tables, as in the release (D-33); with equal shifts that changes nothing.
+        """
+        t_B1 = t_B[:, None]
+        sigma_B1 = self.schedule.sigma(t_B1)
+        noisy = add_noise(video_BFCHW, noise_BFCHW, sigma_B1)
+        x0 = flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, self.score_schedule.sigma(t_B1))
+        flow = x0_to_flow(x0, noisy, sigma_B1)
+        return (flow - (noise_BFCHW - video_BFCHW)).square().mean((1, 2, 3, 4))

@@ -1,0 +1,52 @@
+"""Rewards: one number per clip from its pixels, higher is better. Re-DMD weights a clip by exp(reward / beta).
+
+Shapes: B batch, T pixel frames, H and W pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rfbench import world
+
+Reward = Callable[[Tensor, list[str]], Tensor]  # pixels [B, T, 3, H, W] in [-1, 1], prompts -> [B]
+REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion"}
+SPEED_UNIT = 0.4  # px per frame that are worth one point: about the mean and the spread of open speeds
+JITTER_UNIT = 0.25  # px of mean second difference that cost one point
+
+
+def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the sprite is and how much of it there is, frame by frame.
+
+    The centre on a torus is the phase of the first Fourier coefficient of what differs from the background.
+
+    Returns:
+        [B, T, 2] as (x, y) in pixels, wrapped; [B, T] area in pixels.
+    """
+    difference = (pixel_BTCHW - (2 * world.BACKGROUND - 1)).abs().amax(2) / 2
+    weight = (difference - 0.15).clamp(min=0)  # below: autoencoder residue
+    height, width = weight.shape[-2:]
+    phases = []
+    for marginal, size in ((weight.sum(2), width), (weight.sum(3), height)):
+        angle = 2 * math.pi * torch.arange(size, dtype=weight.dtype) / size
+        phases.append(torch.atan2((marginal * angle.sin()).sum(-1), (marginal * angle.cos()).sum(-1)) * size / (2 * math.pi))
+    return torch.stack(phases, -1), weight.sum((2, 3)) / 0.6
+
+
+def toy_motion(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
+    """Motion quality in the toy world: fast is good, jitter and a sprite that fades or splits are bad.
+
+    Mean speed in units of 0.4 px per frame, up to 3, minus mean second difference of the path in units of 0.25 px, minus
+    twice the relative spread of the area, minus 1. The prompt does not matter, as with VideoReward's motion quality.
+    """
+    xy, area = centres(pixel_BTCHW)
+    size = torch.tensor([pixel_BTCHW.shape[-1], pixel_BTCHW.shape[-2]], dtype=xy.dtype)
+    step = torch.remainder(xy.diff(dim=1) + size / 2, size) - size / 2
+    speed = step.norm(dim=-1).mean(1) / SPEED_UNIT
+    jitter = step.diff(dim=1).norm(dim=-1).mean(1) / JITTER_UNIT
+    unsteady = area.std(1) / area.mean(1).clamp(min=1.0)
+    return speed.clamp(max=3) - jitter - 2 * unsteady - 1
