@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def session(
     Raises:
         UserError: the directory holds a run with other inputs, or things that are no run; somebody else writes there (code 1).
     """
+    if not re.fullmatch(r"\w[\w.+@=,-]*(/\w[\w.+@=,-]*)*", name, re.ASCII):
+        raise UserError(f"a run cannot be called '{name}', which becomes a directory: use letters, digits and . + @ = , - _ in parts between slashes")
     plain = json.loads(canonical(inputs))
     if fresh:
         if writer is not None:

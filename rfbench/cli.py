@@ -1,0 +1,323 @@
+"""The command line: names and fields in, one call to a verb, the path it wrote on stdout. Talk goes to stderr.
+
+Exit 0 done, 1 failed while running, 2 the request was wrong; a UserError is one sentence, anything else a traceback. Verbs
+are imported inside their commands, so that `rfbench --help` and shell completion do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rfbench import config
+from rfbench.config import Baseline, Recipe, Study
+from rfbench.errors import UserError, did_you_mean
+
+app = typer.Typer(
+    help="Train, run, score and time streaming video generators under one protocol.",
+    epilog="Start with `rfbench reproduce toy`. Same command again: goes on where it stopped.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+UsageError: Any = typer.BadParameter.__bases__[0]  # typer gives out only this child of it
+STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+def _completes(names: Callable[[], Any]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+def _suite_names() -> list[str]:
+    from rfbench.suites import SUITES
+
+    return list(SUITES)
+
+
+def _runs() -> dict[str, Path]:
+    """Name -> directory of the bench runs that there are: `<baseline>/<suite>`."""
+    home = config.settings().runs / "bench"
+    return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
+
+
+WHAT = ("recipes", "baselines", "suites", "studies", "scorers", "policies", "methods", "hardware")
+
+Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is there and start over.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the request and say what would be done.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a path or a table.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.", show_default=False)]
+BaselineName = Annotated[
+    str,
+    typer.Argument(metavar="BASELINE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Baseline)), show_default=False),
+]
+
+
+@app.command()
+def reproduce(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Study)), show_default=False)
+    ],
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this contender; may be given several times.", show_default=False)] = None,
+    limit: Limit = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the report goes.", show_default=False)] = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """The whole table of a study: train, generate, score, time and report, skipping what is done."""
+    from rfbench import reproduce as verb
+
+    _print_path(verb.reproduce(study, only=only or [], limit=limit, dry_run=dry_run, fresh=fresh, out=out), as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Recipe)), show_default=False),
+    ],
+    fields: Fields = None,
+    name: Name = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make weights by a recipe; writes a baseline beside them."""
+    from rfbench import train as verb
+
+    _print_path(verb.train(recipe, fields or [], name=name, fresh=fresh, dry_run=dry_run), as_json)
+
+
+@app.command()
+def generate(
+    baseline: BaselineName,
+    fields: Fields = None,
+    suite: Annotated[str, typer.Option("--suite", help="Name, or a .jsonl or .yaml file.", autocompletion=_completes(_suite_names))] = "toy-short",
+    limit: Limit = None,
+    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)] = None,
+    name: Name = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make every clip of a suite with a baseline."""
+    from rfbench import generate as verb
+
+    _print_path(verb.generate(baseline, suite, fields or [], name=name, limit=limit, shard=shard, fresh=fresh, dry_run=dry_run), as_json)
+
+
+@app.command()
+def sample(
+    baseline: BaselineName,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='For example "a red disc moves left".', show_default=False)],
+    fields: Fields = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Pixel frames.")] = 81,
+    out: Annotated[Path, typer.Option("--out")] = Path("sample.mp4"),
+    as_json: Json = False,
+) -> None:
+    """Make one clip of one prompt."""
+    from rfbench import generate as verb
+
+    _print_path(verb.sample(baseline, prompt, fields or [], seed=seed, frames=frames, out=out), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=_completes(_runs), show_default=False)
+    ],
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scorer", "-s", help="May be given several times; all by default.", autocompletion=_completes(lambda: _scorers()), show_default=False
+        ),
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Score the clips of a run."""
+    from rfbench import evaluate as verb
+
+    _print_path(verb.evaluate(_run(run), scorer or [], partial=partial, fresh=fresh), as_json)
+
+
+@app.command()
+def profile(
+    baseline: BaselineName,
+    fields: Fields = None,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks per repetition.")] = 20,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repetitions per process.")] = 3,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Fresh processes that repeat it all, one after another.")] = 1,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
+    name: Name = None,
+    fresh: Fresh = False,
+) -> None:
+    """Time a baseline chunk by chunk; the last line on stdout is one JSON document."""
+    from rfbench import profiling as verb
+
+    directory = verb.profile(
+        baseline, fields or [], name=name, chunks=chunks, repeats=repeats, processes=processes, random_weights=random_weights, fresh=fresh
+    )
+    _print_path(directory, as_json=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="All runs by default.", autocompletion=_completes(_runs), show_default=False)
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Judge its claims.", autocompletion=_completes(lambda: config.names_of(Study)), show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where it goes, instead of the reports folder.", show_default=False)] = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the evidence as records that can be committed.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail if the written report is not what the runs say.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tables, plots and verdicts, as Markdown, CSV and one HTML page."""
+    from rfbench import report as verb
+
+    directories = [_run(run) for run in runs or []]
+    _print_path(verb.report(directories, study=study, out=out or config.settings().reports, record=record, check=check), as_json)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="|".join(WHAT), autocompletion=_completes(lambda: WHAT), show_default=False)], as_json: Json = False
+) -> None:
+    """What there is, and what it needs."""
+    if what not in WHAT:
+        raise UserError(f"'{what}' cannot be listed{did_you_mean(what, WHAT)}")
+    from rfbench import listing
+
+    _print_table(listing.ROWS[what](), title=what, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, and the fix for what it can't."""
+    from rfbench import doctor as verb
+
+    checks = verb.examine()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+    else:
+        rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
+        _print_table(rows, title="", as_json=False)
+    if any(check.state == "broken" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        import rfbench
+
+        print(rfbench.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _scorers() -> list[str]:
+    from rfbench.scorers.base import SCORERS
+
+    return list(SCORERS)
+
+
+def _run(name_or_path: str) -> Path:
+    """The directory of a run that somebody names.
+
+    Raises:
+        UserError: there is no run of that name and no run in that directory.
+    """
+    for path in (Path(name_or_path), config.settings().runs / "bench" / name_or_path):
+        if (path / "run.json").is_file():
+            return path
+    raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, _runs())}")
+
+
+def _print_path(path: Path, as_json: bool) -> None:
+    """The path that a verb wrote, relative to here if it lies below; as JSON with what its run.json says."""
+    here = Path.cwd()
+    shown = path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
+    if not as_json:
+        print(shown)
+        return
+    document: dict[str, Any] = {"path": str(shown)}
+    if (path / "run.json").is_file():
+        from rfbench.records import read_run
+
+        run = read_run(path)
+        document |= {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds, "result": run.result}
+    print(json.dumps(document, ensure_ascii=False))
+
+
+def _print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if not rows:
+        console.print(f"no {title}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in rows[0]:
+        table.add_column(key, overflow="fold", no_wrap=key in ("name", ""))
+    for row in rows:
+        cells = ["" if row.get(key) is None else str(row[key]) for key in rows[0]]
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+    console.print(table)
+
+
+def _say(sentence: str) -> None:
+    """One sentence on stderr, unbroken, so that it can be searched for."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(sentence), soft_wrap=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `rfbench` program; ends the process with its exit code."""
+    try:
+        code = app(args=arguments, prog_name="rfbench", standalone_mode=False)
+    except UserError as error:
+        _say(str(error))
+        sys.exit(error.code)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else "rfbench"
+        _say(f"{' '.join(error.format_message().split()).rstrip('.')} (see `{where} --help`)")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"the disk is full ({error.filename or os.strerror(error.errno)}); free space, then the same command goes on from here")
+        sys.exit(1)
+    if code == 130:  # typer turns Ctrl-C into this exit code when it is not standalone
+        _say("interrupted; the same command goes on from here")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

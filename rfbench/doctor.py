@@ -1,0 +1,165 @@
+"""What this machine can run, found by trying it, and the exact fix for what it can't: `rfbench doctor`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rfbench import config, provenance
+from rfbench.config import Baseline
+from rfbench.errors import UserError
+from rfbench.records import atomic
+
+ROOM = 2 * 2**30  # bytes: a study at toy size writes less than a tenth of it
+
+
+@dataclass(frozen=True)
+class Check:
+    """`missing` costs a feature, `broken` keeps rfbench from working; both come with what to do."""
+
+    name: str
+    state: Literal["ok", "missing", "broken"]
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check, in the order in which things are needed; none of them raises."""
+    checks: list[Check] = []
+    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _baselines, _extras):
+        try:
+            checks += look()
+        except UserError as error:
+            checks.append(Check(look.__name__.strip("_"), "broken", str(error), "do what the sentence says"))
+        except Exception as error:  # a doctor who falls ill over one finding helps with none
+            checks.append(Check(look.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}", "install again: make clean test"))
+    return checks
+
+
+def _python() -> Iterator[Check]:
+    here = provenance.machine()
+    yield Check("python", "ok", f"{here['python']} on {here['system']}, {here['cpu']}, {here['cores']} cores")
+
+
+def _checkout() -> Iterator[Check]:
+    code = provenance.code()
+    if not config.names_of(config.Recipe):
+        yield Check("checkout", "broken", "no recipes beside the package", "install from a clone: pip install -e . -c constraints.txt")
+    elif code["commit"] is None:
+        yield Check("checkout", "missing", "not a git checkout: numbers made here name no commit", "clone the repository with git")
+    else:
+        yield Check("checkout", "ok", f"commit {code['commit'][:10]}{', with changes' if code['dirty'] else ''}")
+
+
+def _settings() -> Iterator[Check]:
+    config.settings()
+    found = config.settings_file()
+    yield Check("rfbench.toml", "ok", "the checkout's" if found == config.HOME / "rfbench.toml" else str(found or "none: defaults"))
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("torch", "broken", str(error), "pip install -c constraints.txt torch")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    yield Check("torch", "ok", f"{torch.__version__}, {build} build, {torch.get_num_threads()} threads")
+
+
+def _gpu() -> Iterator[Check]:
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        name = config.settings().hardware_name(device.name)
+        if name in config.settings().hardware:
+            yield Check("gpu", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, called {name}")
+        else:
+            yield Check("gpu", "missing", f"{device.name}: its peak is not known", f"add [hardware.{name}] to rfbench.toml to get shares of peak")
+    if torch.cuda.device_count():
+        return
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        yield Check("gpu", "missing", "there is a GPU, but this torch is a CPU build", "pip install --force-reinstall torch, from the default index")
+    else:
+        yield Check("gpu", "missing", "none; the toy study does not need one", "the 1.3B models need a GPU of 24 GiB or more")
+
+
+def _memory() -> Iterator[Check]:
+    total = provenance.machine()["memory_gib"]
+    yield Check("memory", "ok", f"{total} GiB") if total >= 6 else Check("memory", "missing", f"{total} GiB", "the toy study needs 6 GiB")
+
+
+def _disk() -> Iterator[Check]:
+    runs = config.settings().runs
+    with atomic(runs / "doctor.txt") as probe:
+        probe.write_text("written and renamed", encoding="utf-8")
+    (runs / "doctor.txt").unlink()
+    free = shutil.disk_usage(runs).free
+    found = f"{free / 2**30:.1f} GiB free where runs go"
+    yield (
+        Check("disk", "ok", found) if free >= ROOM else Check("disk", "missing", found, "free 2 GiB, or name another folder for runs in rfbench.toml")
+    )
+
+
+def _video() -> Iterator[Check]:
+    import av
+    import numpy as np
+
+    grey = np.full((48, 64, 3), 128, np.uint8)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as written:
+        stream = written.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(4):
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        written.mux(stream.encode())
+    buffer.seek(0)
+    with av.open(buffer, "r") as read:
+        frames = len(list(read.decode(video=0)))
+    if frames == 4:
+        yield Check("video", "ok", f"H.264 in and out, PyAV {importlib.metadata.version('av')}")
+    else:
+        yield Check("video", "broken", f"4 frames in, {frames} out", "pip install --force-reinstall -c constraints.txt av")
+
+
+def _scorers() -> Iterator[Check]:
+    from rfbench.registry import pick
+    from rfbench.scorers.base import SCORERS
+
+    yield from _each("scorer", list(SCORERS), lambda name: f"{len(pick(SCORERS, name, what='scorer').metrics)} metrics")
+
+
+def _baselines() -> Iterator[Check]:
+    from rfbench import weights
+
+    def found(name: str) -> str:
+        path = weights.resolve(config.load(Baseline, name).weights, config.find(Baseline, name))
+        return f"{path.stat().st_size / 2**20:.1f} MiB of weights"
+
+    yield from _each("baseline", list(config.names_of(Baseline)), found)
+
+
+def _each(kind: str, names: list[str], look: Callable[[str], str]) -> Iterator[Check]:
+    for name in names:
+        try:
+            yield Check(f"{kind} {name}", "ok", look(name))
+        except UserError as error:
+            yield Check(f"{kind} {name}", "missing", str(error), "do what the sentence says, or leave it out")
+        except ImportError as error:
+            yield Check(f"{kind} {name}", "missing", str(error), f"pip install -c constraints.txt {error.name or ''}".strip())
+
+
+def _extras() -> Iterator[Check]:
+    extras = {"flash_attn": "gpu", "transformers": "wan", "accelerate": "wan", "vbench": "vbench"}
+    for module, extra in extras.items():
+        if importlib.util.find_spec(module):
+            yield Check(module, "ok", importlib.metadata.version(module.replace("_", "-")))
+        else:
+            yield Check(module, "missing", "not installed; the toy study does not need it", f"pip install -c constraints.txt -e '.[{extra}]'")

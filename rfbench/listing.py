@@ -1,0 +1,117 @@
+"""What there is to name on the command line, a row each: `rfbench list`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rfbench import config, suites
+from rfbench.config import Baseline, Recipe, Study
+from rfbench.errors import UserError
+from rfbench.registry import pick
+
+Row = dict[str, Any]
+
+
+def recipes() -> list[Row]:
+    """The recipes that ship."""
+    return [_loaded(Recipe, name, lambda recipe: {"title": recipe.title, "method": recipe.method, "needs": recipe.needs}) for name in _names(Recipe)]
+
+
+def baselines() -> list[Row]:
+    """The baselines that ship, and those that training wrote on this machine."""
+
+    def row(baseline: Baseline) -> Row:
+        where = baseline.weights.repo or baseline.weights.file
+        return {"title": baseline.title, "backbone": baseline.backbone, "weights": where, "licence": baseline.license.weights}
+
+    trained = sorted(config.settings().runs.glob("train/**/baseline.yaml"))
+    return [_loaded(Baseline, name, row) for name in (*_names(Baseline), *map(_from_here, trained))]
+
+
+def studies() -> list[Row]:
+    """The studies that ship."""
+
+    def row(study: Study) -> Row:
+        return {"title": study.title, "contenders": len(study.contenders), "claims": len(study.claims), "needs": study.needs}
+
+    return [_loaded(Study, name, row) for name in _names(Study)]
+
+
+def suite_rows() -> list[Row]:
+    """The built-in suites."""
+    rows = []
+    for name, header in suites.SUITES.items():
+        suite = suites.load_suite(name)
+        clips = f"{len(suite.prompts)} prompts x {suite.samples}"
+        rows.append({"name": name, "title": header.title, "clips": clips, "frames": suite.frames, "seconds": round(suite.frames / suite.fps, 1)})
+    return rows
+
+
+def scorers() -> list[Row]:
+    """The scorers, and what they measure."""
+    from rfbench.scorers.base import SCORERS
+
+    rows = []
+    for name in SCORERS:
+        scorer = pick(SCORERS, name, what="scorer")
+        for metric, how in scorer.metrics.items():
+            rows.append({"name": f"{name}.{metric}", "better": "higher" if how.higher_is_better else "lower", "unit": how.unit, "title": how.text})
+    return rows
+
+
+def policies() -> list[Row]:
+    """The cache policies."""
+    from rfbench.cache import POLICIES
+
+    return _described(POLICIES)
+
+
+def methods() -> list[Row]:
+    """The training objectives."""
+    from rfbench.methods.base import METHODS
+
+    return _described({name: pick(METHODS, name, what="method") for name in METHODS})
+
+
+def hardware() -> list[Row]:
+    """The devices whose peak rfbench.toml knows, in TFLOP/s."""
+    rows = []
+    for name, device in config.settings().hardware.items():
+        peaks = ", ".join(f"{dtype} {peak:g}" for dtype, peak in device.tflops.items())
+        rows.append({"name": name, "title": device.title, "match": device.match, "peak TFLOP/s": peaks})
+    return rows
+
+
+ROWS: dict[str, Callable[[], list[Row]]] = {
+    "recipes": recipes,
+    "baselines": baselines,
+    "suites": suite_rows,
+    "studies": studies,
+    "scorers": scorers,
+    "policies": policies,
+    "methods": methods,
+    "hardware": hardware,
+}
+
+
+def _names(kind: type) -> list[str]:
+    return list(config.names_of(kind))
+
+
+def _from_here(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _loaded(kind: type, name: str, row: Callable[[Any], Row]) -> Row:
+    """A row of what a file says; a file that is not valid says so in its own row, and does not hide the others."""
+    try:
+        return {"name": name, **row(config.load(kind, name))}
+    except UserError as error:
+        return {"name": name, "title": f"not usable: {error}"}
+
+
+def _described(table: Mapping[str, Any]) -> list[Row]:
+    return [{"name": name, "title": (inspect.getdoc(found) or "").split("\n\n")[0].replace("\n", " ")} for name, found in table.items()]
