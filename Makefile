@@ -7,17 +7,19 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
-TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
+
+# Packages are compiled when they are first imported, not all at once by pip: a minute less. That needs permission to keep the result.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/rfbench reproduce toy
-	@echo "Open reports/index.html"
+	@echo "Open reports/index.html in a browser."
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS)
@@ -34,19 +36,15 @@ clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Without a GPU, torch's CPU build (200 MB, not several GB): from the configured index if that has it, else from torch's own.
-# Where neither can be reached, and on macOS, the plain build is installed below.
-$(VENV)/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rfbench needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+# On macOS, and where neither can be reached, the plain build comes with the rest.
+$(VENV)/ready $(VENV)/ready-dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("rfbench needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 	  echo "No GPU found: installing the CPU build of $(TORCH)"; \
 	  $(INSTALL) --no-deps "$(TORCH)+cpu" 2> /dev/null || \
 	  $(INSTALL) --no-deps --retries 1 --index-url $(CPU_INDEX) "$(TORCH)+cpu" || \
-	  echo "There is no CPU build of $(TORCH) in reach: installing the plain one, which is larger"; \
+	  echo "There is no CPU build of $(TORCH) in reach: the plain one follows, which is larger"; \
 	fi
-	$(INSTALL) --editable .
-	@touch $@
-
-$(VENV)/ready-dev: $(VENV)/ready
-	$(INSTALL) --editable '.[dev]'
-	@touch $@
+	$(INSTALL) --editable '.$(if $(filter %-dev,$@),[dev])'
+	@touch $(VENV)/ready $@

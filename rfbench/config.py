@@ -140,7 +140,7 @@ class ScoreCfg:
     """The two score models of distribution matching (DMD) and how they are compared."""
 
     teacher: WeightsCfg
-    guidance: float  # of the real score
+    guidance: float  # of the real score, as in SamplerCfg: 1 is none (the released `real_guidance_scale: 3.0` is 4 here)
     generator_every: int  # critic steps for one generator step
     critic_optim: OptimCfg
     score_shift: float  # sigma table of the score models (D-33: the release has 8 beside a critic loss at 5)

@@ -173,20 +173,25 @@ def draw_scene(caption: Caption, rng: np.random.Generator) -> Scene:
 
 
 def coverage(shape: str, radius: float, centres_xy: npt.ArrayLike) -> Frames:
-    """How much of each pixel the sprite covers, with a one pixel soft edge: [T, H, W] in [0, 1].
-
-    The three shapes have about the same area, so that area alone does not tell them apart.
-    """
+    """How much of each pixel the sprite covers on the torus: [T, H, W] in [0, 1]."""
     centres = np.asarray(centres_xy, dtype=np.float32)
     dx = np.arange(WIDTH, dtype=np.float32)[None, :] - centres[:, 0, None]
     dy = np.arange(HEIGHT, dtype=np.float32)[None, :] - centres[:, 1, None]
     dx = ((dx + WIDTH / 2) % WIDTH - WIDTH / 2)[:, None, :]
     dy = ((dy + HEIGHT / 2) % HEIGHT - HEIGHT / 2)[:, :, None]
+    return sprite(shape, radius, dx, dy)
+
+
+def sprite(shape: str, radius: float | Frames, dx: Frames, dy: Frames) -> Frames:
+    """Coverage in [0, 1] at an offset (dx, dy) from the sprite's centroid, with a one pixel soft edge; arguments broadcast.
+
+    The three shapes have about the same area, so that area alone does not tell them apart.
+    """
     if shape == "disc":
         distance = np.sqrt(dx**2 + dy**2) - radius
     elif shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.886 * radius
-    elif shape == "triangle":  # apex up; three half planes at distance r/1.56 from the centroid
+    elif shape == "triangle":  # equilateral, apex up; the centroid lies 0.78 r from each of the three sides
         inner = radius * 0.78
         distance = np.maximum(dy - inner, 0.8660254 * np.abs(dx) - 0.5 * dy - inner)
     else:

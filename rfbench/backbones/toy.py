@@ -87,8 +87,8 @@ def patches(pixel_BTCHW: Tensor) -> Tensor:
 
 def unpatch(patch_BFhwP: Tensor) -> Tensor:
     """The inverse of `patches` but for the repeated frames: [B, 4 F, 3, H, W]."""
-    x = patch_BFhwP.unflatten(-1, (3, TEMPORAL, PATCH, PATCH)) + GREY
-    return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(5, 6).flatten(3 + 1, 4 + 1).flatten(1, 2)
+    x = patch_BFhwP.unflatten(-1, (3, TEMPORAL, PATCH, PATCH)) + GREY  # B F h w 3 4 8 8
+    return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
 
 
 def around(latent_BFhwC: Tensor) -> Tensor:

@@ -95,9 +95,9 @@ class Dmd:
         noisy = add_noise(video_BFCHW, noise_BFCHW, self.schedule.sigma(t_B1))
         sigma_B1 = self.score_schedule.sigma(t_B1)
         real = flow_to_x0(self.teacher.denoiser(noisy, t_B1, text_BLE), noisy, sigma_B1)
-        if self.cfg.guidance != 0.0:
+        if self.cfg.guidance != 1.0:
             null = self.teacher.encode_text([""] * len(text_BLE))
-            real = real + self.cfg.guidance * (real - flow_to_x0(self.teacher.denoiser(noisy, t_B1, null), noisy, sigma_B1))
+            real = real + (self.cfg.guidance - 1) * (real - flow_to_x0(self.teacher.denoiser(noisy, t_B1, null), noisy, sigma_B1))
         return real, flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, sigma_B1)
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
