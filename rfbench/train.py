@@ -86,6 +86,8 @@ def check(cfg: Recipe) -> None:
             raise UserError(f"recipe '{cfg.title}': method '{cfg.method}' {'needs' if value is None else 'does not use'} '{key}'")
     if cfg.batch % cfg.accumulate:
         raise UserError(f"recipe '{cfg.title}': a batch of {cfg.batch} does not split into {cfg.accumulate} equal micro-batches")
+    if cfg.checkpoint_every % cfg.log_every:
+        raise UserError(f"recipe '{cfg.title}': 'checkpoint_every' must be a multiple of 'log_every', or a resumed run would log other means")
     if cfg.sampler.chunk is not None and cfg.latents % cfg.sampler.chunk:
         raise UserError(f"recipe '{cfg.title}': {cfg.latents} latent frames are not whole chunks of {cfg.sampler.chunk}")
 
@@ -149,18 +151,20 @@ class Trainer:
         log = self.directory / "log.jsonl"
         _keep_rows(log, self.step)
         with records.appending(log) as append, Progress(name, self.cfg.steps, done=self.step) as progress:
+            rows: list[dict[str, float]] = []
             while self.step < self.cfg.steps:
-                row = self._advance()
+                rows.append(self._advance())
                 if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
-                    append(row)
-                progress.advance(1, row)
+                    append({"step": self.step} | means(rows))
+                    rows = []
+                progress.advance(1, rows[-1] if rows else None)
                 if self.step % self.cfg.checkpoint_every == 0 and self.step < self.cfg.steps:
                     self._checkpoint()
         self._finish(recorded, fingerprint, name)
         return {"steps": self.step, "updates": self.updates}
 
-    def _advance(self) -> dict[str, Any]:
-        """One optimiser step of every module whose turn it is; what happened, as a row of the log."""
+    def _advance(self) -> dict[str, float]:
+        """One optimiser step of every module whose turn it is; what happened, in figures."""
         cfg, turns = self.cfg, self.method.turns(self.step)
         seeds = torch.randint(2**62, (cfg.batch + 1,), generator=self.rng).tolist()
         parts = Batch(tuple(seeds[1:]), seeds[0]).split(cfg.accumulate)
@@ -171,16 +175,14 @@ class Trainer:
                 (loss / len(parts)).backward()
             for key, value in seen.items():
                 stats.setdefault(key, []).append(value.detach().double())
-        row: dict[str, Any] = {"step": self.step + 1}
-        for role in turns:
-            row[f"grad_norm_{role}"] = self._update(role, seeds)
+        norms = {f"grad_norm_{role}": self._update(role, seeds) for role in turns}
         self.step += 1
         if self.cfg.ema is not None and "generator" in turns and self.step > self.cfg.ema.start:
             if self.ema is None:
                 self.ema = Ema(self.trained, self.cfg.ema.decay)
             else:
                 self.ema.update(self.trained)
-        return row | summary({key: torch.cat(values) for key, values in stats.items()})
+        return norms | summary({key: torch.cat(values) for key, values in stats.items()})
 
     def _update(self, role: str, seeds: list[int]) -> float:
         """Clip, step, clear. The gradient norm before clipping."""
@@ -267,6 +269,12 @@ def summary(stats: dict[str, Tensor]) -> dict[str, float]:
         row["weight_max"] = float(stats["weight"].max())
         row["weight_ess"] = effective_share(stats["weight"])
     return row
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the steps that have it: the generator's are there at its own steps alone."""
+    keys = {key for row in rows for key in row}
+    return {key: math.fsum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in sorted(keys)}
 
 
 def learning_rate(cfg: OptimCfg, step: int, steps: int) -> float:
