@@ -1,0 +1,112 @@
+"""What a scorer is: a program that reads the files of a run and yields score rows. It never sees the model under test.
+
+A metric is known outside as `<scorer>.<metric>`, e.g. `motion.dynamic_degree`. Shapes: T pixel frames, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rfbench.errors import UserError
+from rfbench.records import Clip, Score, sha256_of
+
+Pixels = npt.NDArray[np.uint8]
+SEGMENT_SECONDS = 2  # the paper's supplement S3 cuts long videos into 2 s clips
+
+SCORERS = {
+    "motion": "rfbench.scorers.motion:SCORER",
+    "subject": "rfbench.scorers.subject:SCORER",
+    "caption": "rfbench.scorers.caption:SCORER",
+    "drift": "rfbench.scorers.drift:SCORER",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to read one column of numbers."""
+
+    higher_is_better: bool
+    unit: str  # "%" is 0 to 100; "points" are differences of percentages
+    text: str  # one sentence for people
+
+
+class Scorer(Protocol):
+    """Run directory in, score rows out. `version` changes whenever a number could change."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]: ...
+
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Score]:
+        """Score rows of `clips`, whose files are relative to the run directory `out`; no clip is left out.
+
+        Raises:
+            UserError: a video is missing, altered or cannot be decoded (code 1).
+        """
+        ...
+
+
+def verify_video(run: Path, clip: Clip) -> Path:
+    """The path of a clip's video, once its bytes are those that were recorded.
+
+    Raises:
+        UserError: missing, truncated or altered (code 1).
+    """
+    path = run / clip.file
+    again = "delete its line from clips.jsonl and generate it again"
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"clip {clip.id}: {path} cannot be read ({error.strerror}); {again}", code=1) from None
+    if found != clip.sha256:
+        raise UserError(f"clip {clip.id}: {path} is truncated or was altered (its sha256 is not the recorded one); {again}", code=1)
+    return path
+
+
+def read_video(run: Path, clip: Clip) -> Pixels:
+    """A clip's frames as RGB: uint8 [T, H, W, 3], exactly as many and as large as its row says.
+
+    Raises:
+        UserError: missing, altered, not decodable, or of another length or size than recorded (code 1).
+    """
+    import av  # imageio reads through it too, but builds a filter graph per frame: twice the time for the same bytes
+
+    path = verify_video(run, clip)
+    frames = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
+    count = 0
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                if (frame.height, frame.width) != (clip.height, clip.width):
+                    raise UserError(f"clip {clip.id}: {path} is {frame.width}x{frame.height}, its row says {clip.width}x{clip.height}", code=1)
+                if count < clip.frames:
+                    frames[count] = frame.to_ndarray(format="rgb24")
+                count += 1
+    except (av.error.FFmpegError, IndexError) as error:  # IndexError: the file has no video stream
+        raise UserError(f"clip {clip.id}: {path} is not a video that can be decoded ({error})", code=1) from None
+    if count != clip.frames:
+        raise UserError(f"clip {clip.id}: {path} has {count} frames, its row says {clip.frames}", code=1)
+    return frames
+
+
+def segments(frames: int, fps: int) -> list[slice]:
+    """A clip cut into pieces of two seconds, at least two of them.
+
+    A tail of a second or more is a piece of its own, a shorter one belongs to the last piece; a clip too short for two
+    pieces is halved, so that a spread over pieces is defined for every clip of two frames or more.
+    """
+    length = SEGMENT_SECONDS * fps
+    count = max(2, (frames + length // 2) // length)
+    cuts = [k * length for k in range(count)] if frames >= length + length // 2 else [0, frames // 2]
+    return [slice(begin, end) for begin, end in zip(cuts, [*cuts[1:], frames], strict=True)]
