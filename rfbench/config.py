@@ -119,9 +119,11 @@ class Baseline:
 
 @dataclass(frozen=True)
 class OptimCfg:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule. `muon` orthogonalises the updates of the transformer blocks' matrices, at AdamW's step
+    size, and leaves everything else to AdamW."""
 
     lr: float
+    kind: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 10.0  # gradient norm

@@ -15,8 +15,8 @@ from rfbench import world
 
 Reward = Callable[[Tensor, list[str]], Tensor]  # pixels [B, T, 3, H, W] in [-1, 1], prompts -> [B]
 REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion"}
-SPEED_UNIT = 0.4  # px per frame that are worth one point: about the mean and the spread of open speeds
-JITTER_UNIT = 0.25  # px of mean second difference that cost one point
+SPEED_UNIT = 0.25  # px per frame that are worth one point: about the mean and the spread of open speeds
+JITTER_UNIT = 0.2  # px of mean second difference that cost one point
 
 
 def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 def toy_motion(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
     """Motion quality in the toy world: fast is good, jitter and a sprite that fades or splits are bad.
 
-    Mean speed in units of 0.4 px per frame, up to 3, minus mean second difference of the path in units of 0.25 px, minus
+    Mean speed in units of 0.25 px per frame, up to 3, minus mean second difference of the path in units of 0.2 px, minus
     twice the relative spread of the area, minus 1. The prompt does not matter, as with VideoReward's motion quality.
     """
     xy, area = centres(pixel_BTCHW)

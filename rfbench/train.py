@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench import config, provenance, records
-from rfbench.backbones.base import Backbone, open_backbone, pixel_frames
+from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
 from rfbench.config import OptimCfg, Recipe, WeightsCfg
 from rfbench.data import OdePairs, draw_clips
 from rfbench.errors import UserError
@@ -92,13 +92,6 @@ def check(cfg: Recipe) -> None:
         raise UserError(f"recipe '{cfg.title}': {cfg.latents} latent frames are not whole chunks of {cfg.sampler.chunk}")
 
 
-def load(backbone: str, weights: WeightsCfg, file: Path) -> Backbone:
-    """A backbone with the weights of a checkpoint file."""
-    model = open_backbone(backbone)
-    model.load(read_tensors(file, weights), where=file)
-    return model
-
-
 class Trainer:
     """State of a training run: modules, their optimisers, the average, the generator, the step."""
 
@@ -108,7 +101,7 @@ class Trainer:
         self.student = self._student(sources)
         self.method = self._method(sources)
         optims = {"generator": cfg.optim} | ({"critic": cfg.scores.critic_optim} if cfg.scores else {})
-        self.optims = {role: (optims[role], _adamw(module, optims[role])) for role, module in self.method.modules.items()}
+        self.optims = {role: (optims[role], _optimisers(module, optims[role])) for role, module in self.method.modules.items()}
         self.updates = dict.fromkeys(self.method.modules, 0)  # optimiser steps taken, per module
         self.trained = _parameters(self.method.modules["generator"])
         self.ema: Ema | None = None
@@ -186,7 +179,7 @@ class Trainer:
 
     def _update(self, role: str, seeds: list[int]) -> float:
         """Clip, step, clear. The gradient norm before clipping."""
-        cfg, optim = self.optims[role]
+        cfg, optimisers = self.optims[role]
         parameters = _parameters(self.method.modules[role])
         norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
         if not math.isfinite(norm):
@@ -196,10 +189,11 @@ class Trainer:
                 f"{self.directory / 'broken_batch.json'} and the last good checkpoint is kept",
                 code=1,
             )
-        for group in optim.param_groups:
-            group["lr"] = learning_rate(cfg, self.step, self.cfg.steps)
-        optim.step()
-        optim.zero_grad(set_to_none=True)
+        for optim in optimisers:
+            for group in optim.param_groups:
+                group["lr"] = learning_rate(cfg, self.step, self.cfg.steps)
+            optim.step()
+            optim.zero_grad(set_to_none=True)
         self.updates[role] += 1
         return norm
 
@@ -210,7 +204,7 @@ class Trainer:
             "updates": self.updates,
             "rng": self.rng.get_state(),
             "modules": {role: module.state_dict() for role, module in self.method.modules.items()},
-            "optims": {role: optim.state_dict() for role, (_, optim) in self.optims.items()},
+            "optims": {role: [optim.state_dict() for optim in optimisers] for role, (_, optimisers) in self.optims.items()},
             "ema": None if self.ema is None else self.ema.average,
         }
         with records.atomic(folder / f"step_{self.step:06d}.pt") as temporary:
@@ -228,7 +222,8 @@ class Trainer:
         self.rng.set_state(state["rng"])
         for role, module in self.method.modules.items():
             module.load_state_dict(state["modules"][role])
-            self.optims[role][1].load_state_dict(state["optims"][role])
+            for optim, saved in zip(self.optims[role][1], state["optims"][role], strict=True):
+                optim.load_state_dict(saved)
         if state["ema"] is not None:
             assert self.cfg.ema is not None
             self.ema = Ema(state["ema"], self.cfg.ema.decay)
@@ -287,8 +282,14 @@ def _parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _adamw(module: nn.Module, cfg: OptimCfg) -> torch.optim.AdamW:
-    return torch.optim.AdamW(_parameters(module), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+def _optimisers(module: nn.Module, cfg: OptimCfg) -> list[torch.optim.Optimizer]:
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for name, parameter in named if cfg.kind == "muon" and parameter.ndim == 2 and "blocks." in name]
+    rest = [parameter for _, parameter in named if not any(parameter is matrix for matrix in matrices)]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
+    if matrices:
+        optimisers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimisers
 
 
 def _keep_rows(log: Path, step: int) -> None:

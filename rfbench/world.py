@@ -38,8 +38,8 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "up": (0.0, -1.0),
     "down": (0.0, 1.0),
 }
-SPEEDS = {"slowly": 0.25, "quickly": 1.0}  # pixels per frame, +-10 % from clip to clip
-MAX_OPEN_SPEED = 1.2  # an open speed is MAX_OPEN_SPEED * u**2 for uniform u: median 0.3, a fifth below 0.05
+SPEEDS = {"slowly": 0.15, "quickly": 0.6}  # pixels per frame, +-10 % from clip to clip
+MAX_OPEN_SPEED = 0.8  # an open speed is MAX_OPEN_SPEED * u**2 for uniform u: median 0.2, a quarter below 0.05
 WORDS = ("a", *COLOURS, *SHAPES, "moves", *DIRECTIONS, *SPEEDS, "then")
 
 Frames = npt.NDArray[np.float32]
