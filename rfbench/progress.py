@@ -13,6 +13,11 @@ from rich.progress import Progress as Bars
 SHOWN = ("loss", "critic_loss", "reward", "weight", "weight_ess", "grad_norm_generator")
 
 
+def say(sentence: str) -> None:
+    """One line on stderr, unbroken."""
+    Console(stderr=True).print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """A bar while it is open; on a terminal live, elsewhere one line at the end."""
 

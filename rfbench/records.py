@@ -4,6 +4,7 @@ Standard library only, so that a scorer in another interpreter can import it. Fi
 
     <run>/run.json              one Run; rewritten whole (temporary file, fsync, rename)
     <run>/clips.jsonl           one Clip per line, appended after the video's own rename
+    <run>/clips.1of4.jsonl      the same by the writer of a shard; `read_clips` puts them together
     <run>/videos/<clip id>.mp4
     <run>/chunks.jsonl          profile runs: one Chunk per line
     <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over how many clips
@@ -191,6 +192,25 @@ def read_rows(path: Path, kind: Callable[..., Row]) -> list[Row]:
         UserError: a line that is not the last is broken, i.e. the file was edited or damaged.
     """
     return [from_fields(kind, value, where=f"{path} line {number}") for number, value in _lines(path)]
+
+
+def read_clips(directory: Path) -> list[Clip]:
+    """The clips of a generate run by prompt and sample, whoever wrote their rows: the one place where shards come together.
+
+    Raises:
+        UserError: a damaged file, or two rows that say different things of one clip.
+    """
+    found: dict[str, Clip] = {}
+    for path in clip_files(directory):
+        for clip in read_rows(path, Clip):
+            if found.setdefault(clip.id, clip) != clip:
+                raise UserError(f"{directory} has two different rows for clip {clip.id}; run `rfbench generate` for it again, without --shard")
+    return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
+
+
+def clip_files(directory: Path) -> list[Path]:
+    """The files that hold clip rows: that of a lone writer and those of shards."""
+    return sorted(directory.glob("clips*.jsonl"))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:

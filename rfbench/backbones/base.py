@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from rfbench.backbones.wan.dit import WanDiT
+from rfbench.config import WeightsCfg
 from rfbench.registry import pick
+from rfbench.weights import read_tensors
 
 BACKBONES: dict[str, str] = {"toy": "rfbench.backbones.toy:ToyBackbone"}
 TEMPORAL = 4  # pixel frames per latent frame, but the first, which is one
@@ -77,4 +80,15 @@ def open_backbone(name: str) -> Backbone:
         UserError: there is no backbone of that name.
     """
     backbone: Backbone = pick(BACKBONES, name, what="backbone")()
+    return backbone
+
+
+def load(name: str, weights: WeightsCfg, file: Path) -> Backbone:
+    """A backbone with the weights of a checkpoint file.
+
+    Raises:
+        UserError: there is no backbone of that name, or the file is corrupt or of another model.
+    """
+    backbone = open_backbone(name)
+    backbone.load(read_tensors(file, weights), where=file)
     return backbone

@@ -48,7 +48,7 @@ class ToyText(nn.Module):
         rows = []
         for prompt in prompts:
             words = str(world.parse(prompt)).split() if prompt else []
-            ids = torch.tensor([world.WORDS.index(word) for word in words], dtype=torch.long)
+            ids = torch.tensor([world.WORDS.index(word) for word in words], dtype=torch.long, device=self.words.weight.device)
             embedded = self.words(ids) + self.places.weight[: len(ids)]
             rows.append(functional.pad(embedded, (0, 0, 0, TEXT_LEN - len(ids))))
         return torch.stack(rows)

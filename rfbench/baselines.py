@@ -1,0 +1,81 @@
+"""A baseline made ready to run: its settings with overrides, its weights, what its runs are called and are identified by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rfbench import config, records
+from rfbench.backbones.base import Backbone, latent_frames, load, open_backbone, pixel_frames
+from rfbench.config import Baseline
+from rfbench.errors import UserError
+from rfbench.weights import resolve
+
+RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A baseline whose file was read and whose weights were found; nothing of it is in memory yet."""
+
+    name: str  # of its runs
+    cfg: Baseline
+    weights: Path | None  # None: random
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        return RANDOM if self.weights is None else self.cfg.weights.sha256 or records.sha256_of(self.weights)
+
+    def inputs(self) -> dict[str, Any]:
+        """What of a baseline is a declared input of a run. The commit that trained it is not: the weights' hash says more."""
+        plain = config.as_plain(self.cfg)
+        plain["trained_by"].pop("code", None)
+        return {"baseline": plain, "weights_sha256": self.weights_sha256}
+
+    def latents(self, frames: int, asked_by: str) -> int:
+        """Latent frames of a clip of at least `frames` pixel frames, in whole chunks.
+
+        Raises:
+            UserError: more than the baseline can make.
+        """
+        latents, most = latent_frames(frames, self.cfg.sampler.chunk), self.cfg.max_latents
+        if most is not None and latents > most:
+            raise UserError(f"baseline '{self.name}' makes clips of at most {pixel_frames(most)} frames, but {asked_by} asks for {frames}")
+        return latents
+
+    def open(self) -> Backbone:
+        """The backbone with its weights, ready to sample, on the GPU if there is one."""
+        if self.weights is None:
+            backbone = open_backbone(self.cfg.backbone)
+            backbone.fresh(0)
+            # A fresh model predicts zeros, and arithmetic on zeros draws less power, so clocks would be higher.
+            nn.init.normal_(backbone.denoiser.head.head.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        else:
+            backbone = load(self.cfg.backbone, self.cfg.weights, self.weights)
+        assert isinstance(backbone, nn.Module)
+        backbone.requires_grad_(False).to(device())
+        return backbone
+
+
+def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = None, random_weights: bool = False) -> Prepared:
+    """Read a baseline by name or path and find its weights. Its runs are called `name`, else after the baseline.
+
+    Raises:
+        UserError: it does not exist, a key is wrong, or its weights are missing or altered.
+    """
+    path = config.find(Baseline, baseline)
+    cfg = config.build(Baseline, config.load_plain(path, list(overrides), Baseline), where=baseline)
+    if name is None:
+        name = cfg.trained_by.get("run", path.stem) if baseline.endswith((".yaml", ".yml")) else baseline
+    return Prepared(name, cfg, None if random_weights else resolve(cfg.weights, path))
+
+
+def device() -> torch.device:
+    """Where clips are made and timed: the GPU that torch sees first, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,76 @@
+"""Frames to video files, as a stream: the same frames give the same bytes.
+
+Shapes: B batch, T pixel frames, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from rfbench.errors import UserError, did_you_mean
+from rfbench.records import atomic
+
+Frames = npt.NDArray[np.uint8]
+Write = Callable[[Frames], None]
+
+CRF = 10  # near lossless: the codec must not hide what a model does
+
+
+def as_uint8(pixel_BTCHW: Tensor) -> Tensor:
+    """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device."""
+    return (pixel_BTCHW * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 1, 3, 4, 2).contiguous()
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, fps: int, height: int, width: int) -> Iterator[Write]:
+    """A function that appends frames [T, H, W, 3] to a video, which gets its name only when the block ends well.
+
+    Raises:
+        UserError: an ending that is not one of WRITERS, an odd size, or a disk that is full or not writable (code 1).
+    """
+    if path.suffix not in WRITERS:
+        raise UserError(f"{path}: a video cannot be written as '{path.suffix}'{did_you_mean(path.suffix, WRITERS)}")
+    if height % 2 or width % 2:
+        raise UserError(f"{path}: {width}x{height} pixels cannot be encoded, both must be even")
+    with atomic(path) as temporary, WRITERS[path.suffix](temporary, fps, height, width) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def _mp4(path: Path, fps: int, height: int, width: int) -> Iterator[Write]:
+    """H.264 on one thread and without version strings, because bytes are compared; 4:2:0, because every player shows it."""
+    import av
+
+    with av.open(str(path), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF), "preset": "veryfast", "threads": "1", "flags": "+bitexact"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.time_base = Fraction(1, fps)
+
+        def write(frames_THWC: Frames) -> None:
+            for pixels in frames_THWC:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+        yield write
+        container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def _gif(path: Path, fps: int, height: int, width: int) -> Iterator[Write]:
+    """An endless animation; its format counts hundredths of a second, so 16 frames per second come out as 16.7."""
+    from PIL import Image
+
+    pictures: list[Any] = []
+    yield lambda frames_THWC: pictures.extend(Image.fromarray(pixels) for pixels in frames_THWC)
+    duration = round(100 / fps) * 10
+    pictures[0].save(path, format="gif", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+WRITERS: dict[str, Callable[[Path, int, int, int], contextlib.AbstractContextManager[Write]]] = {".mp4": _mp4, ".gif": _gif}
