@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rfbench import config, provenance
@@ -112,17 +113,14 @@ def _video() -> Iterator[Check]:
     import av
     import numpy as np
 
-    grey = np.full((48, 64, 3), 128, np.uint8)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as written:
-        stream = written.add_stream("libx264", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(4):
-            written.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        written.mux(stream.encode())
-    buffer.seek(0)
-    with av.open(buffer, "r") as read:
-        frames = len(list(read.decode(video=0)))
+    from rfbench import video
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grey.mp4"
+        with video.writing(path, fps=16, height=48, width=64) as write:
+            write(np.full((4, 48, 64, 3), 128, np.uint8))
+        with av.open(str(path), "r") as container:
+            frames = len(list(container.decode(video=0)))
     if frames == 4:
         yield Check("video", "ok", f"H.264 in and out, PyAV {importlib.metadata.version('av')}")
     else:

@@ -1,0 +1,32 @@
+"""What every test gets: one thread, folders of its own, and no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported anywhere: the tests run side by side
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("rfbench", deadline=None)  # a busy machine is no reason to fail
+hypothesis.settings.load_profile("rfbench")
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path_factory, monkeypatch):
+    """Runs, weights and reports of a test lie in a folder of its own, never in the checkout; returns that folder."""
+    folder = tmp_path_factory.mktemp("rfbench")
+    (folder / "rfbench.toml").write_text("[hardware.cpu]\ntitle = 'CPU'\nmatch = 'cpu'\n")
+    monkeypatch.setenv("RFBENCH_TOML", str(folder / "rfbench.toml"))
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if wanting:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in wanting:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
