@@ -106,17 +106,16 @@ def stream(
     batch, device = len(text_BLE), text_BLE.device
     shape = cache_shape(backbone, batch, latents)
     caches = [] if cfg.cache is None else [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device) for _ in texts]
-    times = {step: torch.full((batch, 1), step, dtype=torch.float64, device=device) for step in (*steps, 0.0)}
+    # One timestep for all clips: a product with a single row rounds otherwise than one with a row per clip.
+    times = {step: torch.full((1, 1), step, dtype=torch.float64, device=device) for step in (*steps, 0.0)}
     tell = mark or (lambda event: None)
 
     def flow(x_BFCHW: Tensor, step: float, grad: bool = False) -> Tensor:
         with torch.set_grad_enabled(grad):
             # Under autograd the text projections must be recomputed, or their weights would get no gradient (D-35).
             keys_values = [text_BLE] if grad else texts
-            outs = [
-                model(x_BFCHW, times[step], text, cache=cache)
-                for text, cache in zip(keys_values, caches or [None] * len(keys_values), strict=True)
-            ]
+            held: Sequence[KVCache | None] = caches or [None] * len(keys_values)
+            outs = [model(x_BFCHW, times[step], text, cache=cache) for text, cache in zip(keys_values, held, strict=True)]
             return outs[0] if len(outs) == 1 else outs[1] + cfg.guidance * (outs[0] - outs[1])
 
     def at(sigma: float) -> Tensor:
