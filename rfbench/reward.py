@@ -38,15 +38,16 @@ def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def toy_motion(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
-    """Motion quality in the toy world: fast is good, jitter and a sprite that fades or splits are bad.
+    """Motion quality in the toy world: fast is good, jitter and a sprite that fades or splits are bad: [B] in [-3, 2].
 
-    Mean speed in units of 0.25 px per frame, up to 3, minus mean second difference of the path in units of 0.2 px, minus
-    twice the relative spread of the area, minus 1. The prompt does not matter, as with VideoReward's motion quality.
+    Mean speed in units of 0.25 px per frame, up to 3; less mean second difference of the path in units of 0.2 px, up to 1;
+    less twice the relative spread of the area, up to 1; less 1. The limits keep one broken clip from having no weight at
+    all, as the published reward's range of about -2 to 2 does. The prompt does not matter, as with its motion quality.
     """
     xy, area = centres(pixel_BTCHW)
     size = torch.tensor([pixel_BTCHW.shape[-1], pixel_BTCHW.shape[-2]], dtype=xy.dtype)
     step = torch.remainder(xy.diff(dim=1) + size / 2, size) - size / 2
     speed = step.norm(dim=-1).mean(1) / SPEED_UNIT
     jitter = step.diff(dim=1).norm(dim=-1).mean(1) / JITTER_UNIT
-    unsteady = area.std(1) / area.mean(1).clamp(min=1.0)
-    return speed.clamp(max=3) - jitter - 2 * unsteady - 1
+    unsteady = 2 * area.std(1) / area.mean(1).clamp(min=1.0)
+    return speed.clamp(max=3) - jitter.clamp(max=1) - unsteady.clamp(max=1) - 1
