@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rfbench.backbones.base import Backbone
+from rfbench.backbones.wan.dit import TextKV
 from rfbench.cache import CacheShape, KVCache
 from rfbench.config import SamplerCfg
 from rfbench.schedule import Schedule, add_noise, flow_to_x0
@@ -98,8 +99,9 @@ def stream(
     if (null_BLE is None) != (cfg.guidance == 1.0):
         raise ValueError("the unconditional prompt is needed exactly when guidance is not 1")
     model, schedule = backbone.denoiser, Schedule(cfg.shift)
+    given = [text for text in (text_BLE, null_BLE) if text is not None]
     with torch.no_grad():
-        texts = [model.text_kv(text) for text in (text_BLE, null_BLE) if text is not None]
+        texts = [model.text_kv(text) for text in given]
     steps = timesteps(cfg)
     sigmas = schedule.sigma(torch.tensor(steps)).tolist() if cfg.solver == "renoise" else [step / 1000 for step in steps]
     last = len(steps) - 1 if exit_step is None else exit_step
@@ -113,8 +115,8 @@ def stream(
     def flow(x_BFCHW: Tensor, step: float, grad: bool = False) -> Tensor:
         with torch.set_grad_enabled(grad):
             # Under autograd the text projections must be recomputed, or their weights would get no gradient (D-35).
-            keys_values = [text_BLE] if grad else texts
-            held: Sequence[KVCache | None] = caches or [None] * len(keys_values)
+            keys_values: Sequence[Tensor | TextKV] = given if grad else texts
+            held: Sequence[KVCache | None] = caches or [None] * len(given)
             outs = [model(x_BFCHW, times[step], text, cache=cache) for text, cache in zip(keys_values, held, strict=True)]
             return outs[0] if len(outs) == 1 else outs[1] + cfg.guidance * (outs[0] - outs[1])
 
