@@ -17,6 +17,7 @@ Reward = Callable[[Tensor, list[str]], Tensor]  # pixels [B, T, 3, H, W] in [-1,
 REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion"}
 SPEED_UNIT = 0.25  # px per frame that are worth one point: about the mean and the spread of open speeds
 JITTER_UNIT = 0.2  # px of mean second difference that cost one point
+SPAN = 8  # frames that speed is measured over: what trembles gets nowhere in half a second
 
 
 def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,14 +41,18 @@ def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 def toy_motion(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
     """Motion quality in the toy world: fast is good, jitter and a sprite that fades or splits are bad: [B] in [-3, 2].
 
-    Mean speed in units of 0.25 px per frame, up to 3; less mean second difference of the path in units of 0.2 px, up to 1;
-    less twice the relative spread of the area, up to 1; less 1. The limits keep one broken clip from having no weight at
-    all, as the published reward's range of about -2 to 2 does. The prompt does not matter, as with its motion quality.
+    Mean speed in units of 0.25 px per frame, up to 3 at any time; less mean second difference of the path in units of 0.2 px,
+    up to 1; less twice the relative spread of the area, up to 1; less 1. Speed is the way gained in half a second, times
+    its share of the way gone, so that neither trembling nor a jump counts as motion. The limits keep one broken clip from
+    having no weight at all, as the published reward's range of about -2 to 2 does. The prompt does not matter, as with its
+    motion quality.
     """
     xy, area = centres(pixel_BTCHW)
     size = torch.tensor([pixel_BTCHW.shape[-1], pixel_BTCHW.shape[-2]], dtype=xy.dtype)
     step = torch.remainder(xy.diff(dim=1) + size / 2, size) - size / 2
-    speed = step.norm(dim=-1).mean(1) / SPEED_UNIT
+    spans = step.unfold(1, min(SPAN, step.shape[1]), 1)  # [B, spans, 2, SPAN]
+    gained, gone = spans.mean(-1).norm(dim=-1), spans.norm(dim=2).mean(-1)
+    speed = (gained.square() / gone.clamp(min=1e-6) / SPEED_UNIT).clamp(max=3).mean(1)
     jitter = step.diff(dim=1).norm(dim=-1).mean(1) / JITTER_UNIT
     unsteady = 2 * area.std(1) / area.mean(1).clamp(min=1.0)
-    return speed.clamp(max=3) - jitter.clamp(max=1) - unsteady.clamp(max=1) - 1
+    return speed - jitter.clamp(max=1) - unsteady.clamp(max=1) - 1
