@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 demo: $(VENV)/ready
 	$(BIN)/rfbench reproduce toy
-	@echo "Open reports/index.html in a browser."
+	@echo "That is the page: open it in a browser."
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS)

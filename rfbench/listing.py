@@ -25,7 +25,13 @@ def baselines() -> list[Row]:
 
     def row(baseline: Baseline) -> Row:
         where = baseline.weights.repo or baseline.weights.file
-        return {"title": baseline.title, "backbone": baseline.backbone, "weights": where, "licence": baseline.license.weights}
+        return {
+            "title": baseline.title,
+            "paper": baseline.paper,
+            "backbone": baseline.backbone,
+            "weights": where,
+            "licence": baseline.license.weights,
+        }
 
     trained = sorted(config.settings().runs.glob("train/**/baseline.yaml"))
     return [_loaded(Baseline, name, row) for name in (*_names(Baseline), *map(_from_here, trained))]

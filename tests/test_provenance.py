@@ -30,7 +30,7 @@ from pathlib import Path
 from rfbench import provenance, records
 from rfbench.errors import UserError
 
-def work(directory, count, pause=0.0, **how):
+def work(directory, count, pause=0.0, gate=None, **how):
     '''A verb in small: `count` artefacts, a row for each after its rename, nothing done twice.'''
     inputs = {"count": count}
     with provenance.session(directory, "generate", "a/b", inputs, **how) as run:
@@ -46,6 +46,8 @@ def work(directory, count, pause=0.0, **how):
                     with records.atomic(directory / "videos" / f"{i}.mp4") as temporary:
                         temporary.write_bytes(bytes([i]) * 20_000)
                         time.sleep(pause)
+                        while gate is not None and not gate.exists():
+                            time.sleep(0.01)
                     append({"i": i})
         found = [row for path in directory.glob("rows*.jsonl") for row in records.read_rows(path, dict)]
         run.complete = len(found) == count
@@ -97,7 +99,7 @@ def test_an_undisturbed_run(tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_killed_run_ends_with_the_same_files(tmp_path, seed):
     """SIGKILL at a random moment, again and again, from the making of the directory to the last artefact."""
-    work(tmp_path / "whole", 8)
+    assert child("work(Path(sys.argv[1]), 8)", tmp_path / "whole").wait() == 0
     directory = tmp_path / "killed"
     rng = random.Random(seed)
     for _ in range(2):
@@ -106,7 +108,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path, seed):
         time.sleep(rng.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    work(directory, 8)
+    assert child("work(Path(sys.argv[1]), 8)", directory).wait() == 0
     assert files(directory) == files(tmp_path / "whole")
 
 
@@ -176,8 +178,8 @@ def test_ctrl_c_leaves_it_running_with_its_seconds(tmp_path):
 
 
 def test_a_second_writer_is_told_who_writes(tmp_path):
-    process = child("work(Path(sys.argv[1]), 100, pause=0.2)", tmp_path / "x")
-    wait_until(process, (tmp_path / "x" / "rows.jsonl").exists)
+    process = child("work(Path(sys.argv[1]), 100, gate=Path('nowhere'))", tmp_path / "x")
+    wait_until(process, (tmp_path / "x" / "videos").exists)
     for how in ({}, {"fresh": True}, {"writer": "1"}):
         with pytest.raises(UserError, match=f"is being written by process {process.pid}") as caught:
             work(tmp_path / "x", 100, **how)
@@ -189,16 +191,18 @@ def test_a_second_writer_is_told_who_writes(tmp_path):
 
 
 def test_shards_share_a_directory_and_the_last_one_closes_it(tmp_path):
-    work(tmp_path / "whole", 6)
+    assert child("work(Path(sys.argv[1]), 6)", tmp_path / "whole").wait() == 0
     directory = tmp_path / "shards"
-    started = child("work(Path(sys.argv[1]), 6, pause=0.3, writer='0')", directory)
-    wait_until(started, (directory / "rows.0.jsonl").exists)
+    gate = tmp_path / "gate"
+    started = child("work(Path(sys.argv[1]), 6, gate=Path(sys.argv[2]), writer='0')", directory, gate)
+    wait_until(started, (directory / "videos").exists)
     with pytest.raises(UserError, match="is being written by process"):
         work(directory, 6, writer="0")
     with pytest.raises(UserError, match="is being written by process"):
         work(directory, 6)
-    work(directory, 6, writer="1")
+    assert child("work(Path(sys.argv[1]), 6, writer='1')", directory).wait() == 0
     assert records.read_run(directory).status == "running"
+    gate.touch()
     assert started.wait() == 0
     assert records.read_run(directory).status == "done"
     left, right = files(directory), files(tmp_path / "whole")
