@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def views(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
 @st.composite
 def configs(draw: st.DrawFn) -> CacheCfg:
     policy = draw(st.sampled_from(["full", "window", "static_sink", "ema_sink"]))
-    rope = draw(st.sampled_from(["relative"] if policy == "ema_sink" else ["relative", "absolute"]))
+    rope: Literal["relative", "absolute"] = draw(st.sampled_from(["relative"] if policy == "ema_sink" else ["relative", "absolute"]))
     if policy == "full":
         return CacheCfg(policy, rope=rope)
     window = draw(st.integers(1, 9))
@@ -165,6 +166,7 @@ def recomputed(model: WanDiT, cfg: CacheCfg, clean: Tensor, noisy: Tensor, t: fl
     time = model.time_embedding(timestep_embedding(times, model.cfg.freq_dim).float())
     six = model.time_projection(time).unflatten(-1, (6, -1))
     texts = model.text_kv(torch.cat([text, text]))
+    block: Any
     for block, text_kv in zip(model.blocks, texts, strict=True):
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + six).unsqueeze(-2).unbind(2)
         tokens_in = modulate(x, shift1, scale1, model.cfg.eps).flatten(1, 2)
@@ -217,18 +219,17 @@ def test_cached_streaming_equals_recomputing_everything(stream: tuple[CacheCfg, 
         assert distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 0), (7, 0), (9, 3), (8, 1)])
-@pytest.mark.parametrize("rope", ["absolute", "relative"])
+@pytest.mark.parametrize(
+    ("window", "sink", "rope"),
+    [(None, 0, "absolute"), (None, 0, "relative"), (6, 0, "absolute"), (7, 0, "relative"), (9, 3, "absolute"), (8, 1, "absolute")],
+)
 @torch.no_grad()
-def test_cached_streaming_equals_one_masked_pass(window: int | None, sink: int, rope: str) -> None:
+def test_cached_streaming_equals_one_masked_pass(window: int | None, sink: int, rope: Literal["absolute", "relative"]) -> None:
     """Where all chunks see a frame at one position: absolute positions, or relative ones without a sink (only distances matter).
 
     One pass of the whole network over all clean frames and the last noisy chunk, a dense mask, and no code of the cache.
     """
-    if sink and rope == "relative":
-        rope = "absolute"
-    policy = "full" if window is None else "static_sink" if sink else "window"
-    cfg = CacheCfg(policy, window=window, sink=sink or None, rope="absolute" if rope == "absolute" else "relative")
+    cfg = CacheCfg("full" if window is None else "static_sink" if sink else "window", window=window, sink=sink or None, rope=rope)
     model, chunk, frames = Tiny(height=4, width=4).denoiser, 3, 12
     clean, noisy, text = normal(1, frames, 3, 4, 4, seed=1), normal(1, frames, 3, 4, 4, seed=2), normal(1, 4, 8, seed=3)
     mask = block_causal_mask(frames, 4, chunk, window, CPU)

@@ -1,4 +1,4 @@
-"""A backbone of a few thousand weights for tests, and how far two tensors are apart."""
+"""A backbone of a few thousand weights for tests, made of the real network, and how far two tensors are apart."""
 
 from __future__ import annotations
 
@@ -7,41 +7,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from rfbench.backbones.base import Decoder, VideoShape
+from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.weights import load_into
 
 CFG = DiTCfg(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=8, text_len=4, in_dim=3, out_dim=3, freq_dim=16)
 
 
 class Tiny(nn.Module):
-    """A DiT with random weights (or weights to come); a prompt's embedding is noise that the prompt seeds; latents are their own pixels."""
+    """A network with random weights; a prompt's embedding is noise that the prompt seeds; latents are pixels, shrunk and thinned out."""
 
     def __init__(self, cfg: DiTCfg = CFG, *, height: int = 4, width: int = 6, seed: int = 0) -> None:
         super().__init__()
         self.shape = VideoShape(cfg.in_dim, height, width, height, width, 16)
         self.denoiser = WanDiT(cfg)
+        self.fresh(seed)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        size = (self.denoiser.cfg.text_len, self.denoiser.cfg.text_dim)
+        return torch.stack([normal(*size, seed=sum(prompt.encode())) for prompt in prompts])
+
+    def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
+        return torch.stack(
+            [functional.adaptive_avg_pool2d(frame, (self.shape.height, self.shape.width)) for frame in pixel_BTCHW[:, ::TEMPORAL].unbind(1)], 1
+        )
+
+    def decoder(self) -> Decoder:
+        return TinyDecoder()
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
+        load_into(self, tensors, where=where)
+
+    def fresh(self, seed: int) -> None:
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.denoiser.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        cfg = self.denoiser.cfg
-        rows = [torch.randn(cfg.text_len, cfg.text_dim, generator=torch.Generator().manual_seed(sum(prompt.encode()))) for prompt in prompts]
-        return torch.stack(rows)
 
-    def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
-        return pixel_BTCHW
+class TinyDecoder:
+    """Every latent frame four times over, the first one once."""
 
-    def decoder(self) -> Decoder:
-        return lambda latent_BFCHW: latent_BFCHW
+    def __init__(self) -> None:
+        self.begun = False
 
-    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
-        self.load_state_dict(dict(tensors))
-
-    def fresh(self, seed: int) -> None:
-        raise NotImplementedError("a tiny backbone is made with its seed")
+    def __call__(self, latent_BFCHW: Tensor) -> Tensor:
+        pixels = latent_BFCHW.repeat_interleave(TEMPORAL, 1)[:, 0 if self.begun else TEMPORAL - 1 :]
+        self.begun = True
+        return pixels.clamp(-1, 1)
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
