@@ -24,19 +24,15 @@ class ClipDraws(Protocol):
 
 @dataclass(frozen=True)
 class ClipStore:
-    """Encoded clips of the toy world. Space is a torus, so every clip also stands for all its shifts by whole latents."""
+    """Encoded clips of the toy world."""
 
     latent_NFCHW: Tensor
     captions: tuple[str, ...]
 
     def pick(self, draws: ClipDraws) -> tuple[Tensor, list[str]]:
-        """One clip per generator, shifted at random: [B, F, C, H, W] and captions."""
-        height, width = self.latent_NFCHW.shape[-2:]
-        index, rows, columns = (draws.integers(high) for high in (len(self.captions), height, width))
-        clips = [
-            torch.roll(self.latent_NFCHW[i], (row, column), (2, 3)) for i, row, column in zip(index, rows, columns, strict=True)
-        ]
-        return torch.stack(clips), [self.captions[i] for i in index]
+        """One clip per generator: [B, F, C, H, W] and captions."""
+        index = draws.integers(len(self.captions))
+        return self.latent_NFCHW[index], [self.captions[i] for i in index]
 
 
 def draw_clips(encode: Callable[[Tensor], Tensor], *, seed: int, count: int, frames: int, part: int = 32) -> ClipStore:

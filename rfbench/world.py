@@ -21,6 +21,7 @@ from rfbench.errors import UserError, did_you_mean
 
 HEIGHT, WIDTH, FPS = 48, 64, 16
 CHANGE_FRAME = 41  # a "then" takes effect here: the first frame of latent 11 of 21, the middle of a 5 s clip
+START = 4.0  # a clip begins within so many pixels of the middle, so that where a sprite is tells how it has moved
 BACKGROUND = 0.12  # grey level in [0, 1]
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -166,7 +167,7 @@ def draw_scene(caption: Caption, rng: np.random.Generator) -> Scene:
         colour=caption.colour,
         shape=caption.shape,
         radius=float(rng.uniform(6.5, 7.5)),
-        start_xy=(float(rng.uniform(0, WIDTH)), float(rng.uniform(0, HEIGHT))),
+        start_xy=(WIDTH / 2 + float(rng.uniform(-START, START)), HEIGHT / 2 + float(rng.uniform(-START, START))),
         velocity_xy=velocity(direction, speed),
         then_velocity_xy=then,
     )
