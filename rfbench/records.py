@@ -122,9 +122,9 @@ def atomic(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    temporary.chmod(0o644)
     try:
         yield temporary
+        temporary.chmod(0o644)  # after the writing: a library may have put a file of its own in place
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
