@@ -1,7 +1,7 @@
 # make demo    the whole line in miniature: train, generate, score, time, report
 # make test    the tests
 # make lint    format, style and types
-# make bench   cached streaming against the loop that recomputes everything
+# make bench   the measurements that benchmarks/ holds, one after another
 # make clean   removes the environment and caches; runs/ and reports/ stay
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
@@ -30,7 +30,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.streaming
+	$(foreach file,$(wildcard benchmarks/*.py),$(BIN)/python $(file) &&) true
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,19 @@ def test_help_and_completion_need_typer_alone():
             elif at_module_level:
                 assert target.split(".")[0] in {*sys.stdlib_module_names, "rfbench", "typer"}, f"{name} imports {target}"
     assert "rfbench.config" in reached
+
+
+def test_what_is_imported_is_declared_and_pinned():
+    """A package that comes along with another one today need not tomorrow."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
+    pins = dict(line.split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines() if "==" in line)
+    spelled = {"yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn"}
+    tops = {target.split(".")[0] for path in PATHS for target, _ in imports(path)} - sys.stdlib_module_names - {"rfbench"}
+    assert {spelled.get(top, top) for top in tops} <= declared
+    core = {re.split(r"[^\w-]", line)[0] for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])}
+    assert core <= set(pins)
 
 
 def test_the_bottom_layer_runs_without_site_packages():
