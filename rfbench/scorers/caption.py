@@ -17,7 +17,7 @@ from rfbench.world import CHANGE_FRAME, COLOURS, DIRECTIONS, SHAPES, SPEEDS, par
 
 STILL = 0.02  # pixels per frame below which a direction cannot be told: 1.6 pixels in a 5 s clip
 TOLERANCE = 0.1  # the world's own spread of a named speed
-FAR = 4.0  # factor at which a speed agrees no longer: that between "slowly" and "quickly"
+FAR = SPEEDS["quickly"] / SPEEDS["slowly"]  # factor at which a speed agrees no longer
 
 
 def direction_agreement(track: Track, frames: slice, direction: str) -> float:
@@ -75,7 +75,9 @@ SCORER = SpriteScorer(
         "colour_agreement": Metric(True, "%", "Frames in which the sprite's hue is nearest to the asked colour."),
         "shape_agreement": Metric(True, "%", "Frames in which the asked shape fits the sprite best."),
         "direction_agreement": Metric(True, "%", "Share of the way that is made in the asked direction (before a 'then')."),
-        "speed_agreement": Metric(True, "%", "Nearness to the asked speed: 100 within a tenth of it, 0 at a factor of four."),
+        "speed_agreement": Metric(
+            True, "%", "Nearness to the asked speed: 100 within a tenth of it, 0 where it is as far off as slow is from quick."
+        ),
         "change_agreement": Metric(True, "%", "The same for the direction or speed asked after 'then'."),
     },
     measure=measure,

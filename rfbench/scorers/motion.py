@@ -6,6 +6,7 @@ Frames in which no sprite can be followed count as still, steps from or to a fra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,15 +15,12 @@ from rfbench.records import Clip, Score
 from rfbench.scorers.base import Metric, segments
 from rfbench.scorers.sprite import SpriteScorer, Track
 from rfbench.scorers.trajectory import Trajectory
+from rfbench.world import SPEEDS
 
-DYNAMIC_SHARE = 0.25  # of the clip's frames; VBench asks for 4 fast ones in 16
+DYNAMIC_SHARE = 0.25  # of the clip's frames must be fast; VBench asks for 4 in 16
+DYNAMIC_SPEED = math.sqrt(SPEEDS["slowly"] * SPEEDS["quickly"])  # pixels per frame: clearly faster than slow, as the world says it
 LATENT_FRAMES = 4  # the toy autoencoder makes all motion stutter with this period, the faster the more; moves over it are free of that
 HALF_SMOOTH = 0.5  # pixels by which a move may be off before it counts as half smooth
-
-
-def dynamic_threshold(height: int, width: int, fps: int) -> float:
-    """VBench's rule in pixels per frame: 6 pixels of flow per eighth of a second at a short side of 256 pixels."""
-    return 6.0 * min(height, width) / 256 * 8 / fps
 
 
 def smoothness(path: Trajectory) -> float:
@@ -41,7 +39,7 @@ def smoothness(path: Trajectory) -> float:
 def measure(clip: Clip, track: Track) -> Iterator[Score]:
     """Rows of one clip; `speed` also per segment of two seconds."""
     speed = track.path.speed
-    fast = np.mean(speed >= dynamic_threshold(clip.height, clip.width, clip.fps))
+    fast = np.mean(speed >= DYNAMIC_SPEED)
     yield Score(clip.id, "dynamic_degree", 100.0 if fast >= DYNAMIC_SHARE else 0.0)
     yield Score(clip.id, "speed", float(speed.mean()))
     yield Score(clip.id, "motion_smoothness", 100 * smoothness(track.path))
@@ -53,7 +51,7 @@ SCORER = SpriteScorer(
     name="motion",
     version="1",
     metrics={
-        "dynamic_degree": Metric(True, "%", "Clips that move faster than VBench's threshold for at least a quarter of their frames."),
+        "dynamic_degree": Metric(True, "%", "Clips that are clearly faster than slow in a quarter of their frames or more."),
         "speed": Metric(True, "px/frame", "Mean speed of the sprite along its path; jitter and jumps do not count."),
         "motion_smoothness": Metric(True, "%", "Steps that follow the sprite's own velocity; a frozen clip has 100."),
     },

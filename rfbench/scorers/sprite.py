@@ -81,10 +81,11 @@ class SpriteScorer:
 
 @functools.lru_cache(maxsize=512)  # about 50 kB each for 30 s clips
 def _track_of(run: Path, clip: Clip) -> Track:
-    if clip.frames < 3 or clip.height % BLOCK or clip.width % BLOCK:
+    side = 2 * REACH + 2
+    if clip.frames < 3 or clip.height % BLOCK or clip.width % BLOCK or min(clip.height, clip.width) < side:
         raise UserError(
             f"clip {clip.id} is {clip.frames} frames of {clip.width}x{clip.height}; the toy scorers need at least 3 frames "
-            f"and sides that are multiples of {BLOCK}",
+            f"of {side}x{side} or more, with sides that are multiples of {BLOCK}",
             code=1,
         )
     return track(read_video(run, clip))
@@ -113,24 +114,18 @@ def track(frames: Pixels) -> Track:
     shape, template = _best_shape(alpha, shift)
     fidelity = _fidelity(picture, _patches(picture, corner), template, colour) * visible
 
-    aligned = _align(patch, shift)
     first = int(np.argmax(visible))
-    before = np.concatenate([aligned[:1], aligned[:-1]])
-    energy = (patch**2).sum(axis=(1, 2, 3))
-    start = np.zeros_like(contrast[0])
-    side = np.arange(-REACH, REACH + 2)
-    start[np.ix_((corner[first, 1] + side) % len(start), (corner[first, 0] + side) % start.shape[1])] = patch[first]
-    scale = np.maximum(energy[first], 1e-6)
-    spectrum = np.abs(np.fft.rfft2(start, axes=(0, 1))) ** 2
+    first_seen, first_overlap = _first_frame_again(contrast, patch, corner[first], first)
+    aligned = _align(patch, shift)
     return Track(
         path=straighten(centre, visible, (frames.shape[2], frames.shape[1])),
         colour=np.where(visible, colour, -1),
         shape=np.where(visible, shape, -1),
         fidelity=fidelity,
         like_first=_likeness(aligned, aligned[first]),
-        like_last=_likeness(aligned, before),
-        first_seen=np.clip(np.einsum("tyxc,yxc->t", contrast, start) / np.maximum(energy, scale), 0, 1),
-        first_overlap=(np.fft.irfft2(spectrum, start.shape[:2], axes=(0, 1)).sum(-1) / scale).astype(np.float32),
+        like_last=_likeness(aligned, np.concatenate([aligned[:1], aligned[:-1]])),
+        first_seen=first_seen,
+        first_overlap=first_overlap,
     )
 
 
@@ -207,6 +202,22 @@ def _fidelity(picture: Array, patch: Array, template: Array, colour: npt.NDArray
     ideal = np.einsum("tyxc,tyxc->t", clean, clean)
     shared = np.einsum("tyxc,tyxc->t", seen, clean)
     return np.asarray(1 - np.sqrt(np.clip((total + ideal - 2 * shared) / (total + ideal), 0, 1)), dtype=np.float32)
+
+
+def _first_frame_again(contrast: Array, patch: Array, corner: npt.NDArray[np.int64], first: int) -> tuple[Array, Array]:
+    """`first_seen` [T] and `first_overlap` [H, W] of a Track, from the patch of frame `first` that was cut out at `corner`.
+
+    A share is a projection on the first frame's sprite. It is divided by the energy of either sprite, whichever is larger, so
+    that one that has become brighter is no more of a copy.
+    """
+    start = np.zeros_like(contrast[0])
+    side = np.arange(-REACH, REACH + 2)
+    start[np.ix_((corner[1] + side) % start.shape[0], (corner[0] + side) % start.shape[1])] = patch[first]
+    energy = np.maximum((patch**2).sum(axis=(1, 2, 3)), 1e-6)
+    seen = np.einsum("tyxc,yxc->t", contrast, start) / np.maximum(energy, energy[first])
+    spectrum = np.abs(np.fft.rfft2(start, axes=(0, 1))) ** 2  # of the autocorrelation
+    overlap = np.fft.irfft2(spectrum, start.shape[:2], axes=(0, 1)).sum(axis=-1) / energy[first]
+    return np.clip(seen, 0, 1), overlap.astype(np.float32)
 
 
 def _align(patch: Array, shift: Array) -> Array:

@@ -15,7 +15,7 @@ from rfbench.records import Clip, Score
 from rfbench.scorers.base import Metric
 from rfbench.scorers.sprite import SpriteScorer, Track
 
-JUMP = 2.5  # pixels by which a step must surprise to be a jump: twice the step of the fastest sprite of the world
+JUMP = 4.0  # pixels by which a step must surprise to be a jump: less leaves the sprite where it was for the most part
 UNUSUAL = 4.0  # and how many times more than the clip's median step does: jitter is no jumping
 TRACE = 0.1  # share of the first frame's sprite that may be seen in place without being a copy
 

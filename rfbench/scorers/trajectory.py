@@ -1,7 +1,7 @@
 """Positions over time, read as a chain of straight pieces.
 
 The world moves along straight lines and may change its velocity at once. So the velocity of a frame is the slope of that
-straight line, among those fitted to the windows of three quarters of a second around it, that fits best: a kink between
+straight line, among those fitted to the windows of one second around it, that fits best: a kink between
 two pieces is followed exactly, while jitter and jumps are what no such line explains.
 
 Shapes: T pixel frames. Units: pixels, pixels per frame.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-WINDOW = 12  # frames of one straight fit: one chunk
+WINDOW = 16  # frames of one straight fit: one second
 CROOKED = 2.5  # pixels of root mean square misfit from which a window is no straight piece but holds a jump
 
 
