@@ -54,12 +54,16 @@ def read_tensors(path: Path, cfg: WeightsCfg) -> dict[str, Tensor]:
 
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); restore the file or fetch it again") from None
-    if cfg.key is not None:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+        problem = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint ({problem}); restore the file or fetch it again") from None
+    if cfg.key is not None and isinstance(loaded, dict):
         if cfg.key not in loaded:
-            raise UserError(f"{path} has no entry '{cfg.key}'; it has {', '.join(sorted(loaded)[:6])}")
+            raise UserError(f"{path} has no entry '{cfg.key}'; it has {', '.join(sorted(map(str, loaded))[:6])}")
         loaded = loaded[cfg.key]
+    under = "" if cfg.key is None else f" under '{cfg.key}'"
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise UserError(f"{path} does not hold tensors by name{under}; name the entry of the file that does as 'weights.key'")
     for name in loaded:
         if not name.startswith(cfg.strip):
             raise UserError(f"{path}: tensor '{name}' does not start with '{cfg.strip}' as its baseline says")
@@ -74,9 +78,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    for names, what in ((missing, "lacks"), (extra, "has unknown"), (shapes, "has another shape of"), (broken, "has NaN or infinity in")):
+    other = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    shapes = sorted(name for name in own.keys() & tensors.keys() - set(other) if own[name].shape != tensors[name].shape)
+    broken = [name for name in tensors.keys() - set(other) if not torch.isfinite(tensors[name]).all()]
+    problems = ((missing, "lacks"), (extra, "has unknown"), (other, "has something else for"), (shapes, "has another shape of"))
+    for names, what in (*problems, (sorted(broken), "has NaN or infinity in")):
         if names:
             raise UserError(f"{where} does not fit the model: it {what} {len(names)} tensor(s), first '{names[0]}'")
     module.load_state_dict(dict(tensors))
