@@ -72,7 +72,8 @@ def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = 
     path = config.find(Baseline, baseline)
     cfg = config.build(Baseline, config.load_plain(path, list(overrides), Baseline), where=baseline)
     if name is None:
-        name = cfg.trained_by.get("run", path.stem) if baseline.endswith((".yaml", ".yml")) else baseline
+        called = config.name_of(baseline)
+        name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml
     return Prepared(name, cfg, None if random_weights else resolve(cfg.weights, path))
 
 

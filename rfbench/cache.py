@@ -145,7 +145,11 @@ class KVCache:
         queries, keys = rotate(q_BSHD, rotation), rotate(k_BSHD, rotation)
         if torch.is_grad_enabled():
             past = self.held[: len(self.held) - self.chunk]
-            return queries, torch.cat([*self._read(self.rotated[layer], past), keys], 1), torch.cat([*self._read(self.values[layer], past), v_BSHD], 1)
+            return (
+                queries,
+                torch.cat([*self._read(self.rotated[layer], past), keys], 1),
+                torch.cat([*self._read(self.values[layer], past), v_BSHD], 1),
+            )
         new = self.held[len(self.held) - self.chunk :]
         self._write(self.rotated[layer], new, keys)
         self._write(self.values[layer], new, v_BSHD)
@@ -172,7 +176,9 @@ class KVCache:
             logical = self.held.index(sink)
             for layer, (keys, values) in enumerate(zip(self.raw, self.values, strict=True)):
                 if len(self.sinks) <= layer:
-                    self.sinks.append((self._gather(keys, self.held[: self.cfg.sink]).to(dtype), self._gather(values, self.held[: self.cfg.sink]).to(dtype)))
+                    self.sinks.append(
+                        (self._gather(keys, self.held[: self.cfg.sink]).to(dtype), self._gather(values, self.held[: self.cfg.sink]).to(dtype))
+                    )
                 for buffer, average in zip((keys, values), self.sinks[layer], strict=True):
                     part = average[:, logical * self.tokens : (logical + 1) * self.tokens]
                     part.mul_(self.cfg.alpha).add_(buffer[:, self._tokens(gone)].to(dtype) * (1 - self.cfg.alpha))

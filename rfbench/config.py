@@ -346,6 +346,11 @@ def names_of(kind: type) -> dict[str, Path]:
     return {name: path for name, path in found.items() if kind is not Recipe or not name.startswith("studies/")}
 
 
+def name_of(name_or_path: str) -> str:
+    """What the runs of a recipe, baseline or study are called that was given by name or by path."""
+    return Path(name_or_path).stem if name_or_path.endswith((".yaml", ".yml")) else name_or_path
+
+
 def find(kind: type, name: str) -> Path:
     """The YAML file of a name (`toy/teacher`) or path.
 
@@ -372,16 +377,17 @@ def load(kind: type[Noun], name: str, overrides: Sequence[str] | Mapping[str, An
     return build(kind, load_plain(find(kind, name), overrides, kind), where=name)
 
 
-def load_plain(path: Path, overrides: Sequence[str] | Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The YAML file with overrides applied, interpolations resolved, not yet checked against the schema."""
+def load_plain(source: Path | dict[str, Any], overrides: Sequence[str] | Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """A YAML file or parsed YAML with overrides applied, interpolations resolved, not yet checked against the schema."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    where = source if isinstance(source, Path) else kind.__name__.lower()
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
     try:
-        merged: Any = OmegaConf.load(path)
+        merged: Any = OmegaConf.load(source) if isinstance(source, Path) else OmegaConf.create(source)
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals:
@@ -390,9 +396,9 @@ def load_plain(path: Path, overrides: Sequence[str] | Mapping[str, Any], kind: t
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(plain, dict):
-        raise UserError(f"{path}: expected a mapping of keys, found {type(plain).__name__}")
+        raise UserError(f"{where}: expected a mapping of keys, found {type(plain).__name__}")
     return typing.cast("dict[str, Any]", plain)
 
 

@@ -268,19 +268,31 @@ def _writing(directory: Path, writer: str | None) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"could not make {directory}: {error.strerror}; free space or fix permissions, then run it again", code=1) from error
-
-    def sweep() -> None:
-        """Remove what writers that were killed had not finished."""
-        for path in directory.rglob(".*.tmp*"):
-            path.unlink(missing_ok=True)
-
-    with _locked(directory / LOCK, shared=writer is not None, last_out=sweep), contextlib.ExitStack() as stack:
+    with _locked(directory / LOCK, shared=writer is not None, last_out=lambda: _sweep(directory)), contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(_locked(directory / f"{LOCK}-{writer}"))
         else:
             for path in directory.parent.glob(f".{directory.name}.old-*"):  # somebody was killed while removing it
                 shutil.rmtree(path, ignore_errors=True)
         yield
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold a directory that is no run of its own, such as the scores of a run.
+
+    Raises:
+        UserError: another process writes there (code 1).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / LOCK, last_out=lambda: _sweep(directory)):
+        yield
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what writers that were killed had not finished."""
+    for path in directory.rglob(".*.tmp*"):
+        path.unlink(missing_ok=True)
 
 
 def _remove(directory: Path) -> None:

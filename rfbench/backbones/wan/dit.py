@@ -13,7 +13,9 @@ L text tokens, E text width, h heads, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +161,7 @@ class WanDiT(nn.Module):
     def text_kv(self, text_BLE: Tensor) -> TextKV:
         """Cross-attention keys and values of all layers. Zero rows of padding are embedded and attended to like any other."""
         embedded = self.text_embedding(text_BLE)
-        return [block.cross_attn.keys_values(embedded) for block in self.blocks]
+        return [block.cross_attn.keys_values(embedded) for block in cast(Iterable[Block], self.blocks)]
 
     def forward(
         self, x_BFCHW: Tensor, t_BF: Tensor, text: Tensor | TextKV, *, cache: KVCache | None = None, mask_SS: Tensor | None = None

@@ -1,0 +1,191 @@
+"""`rfbench generate`: every clip of a suite by a baseline; and `rfbench sample`, one clip of one prompt.
+
+    runs/bench/<baseline>/<suite>/{run.json, clips.jsonl, videos/<clip id>.mp4}
+
+A clip depends on its prompt and seed alone, so clips can be made in batches, in shards and in several sittings. A clip is
+finished when its row is there; a video without a row is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from rfbench import attention, baselines, config, provenance, records, sampler, suites, video
+from rfbench.backbones.base import Backbone
+from rfbench.baselines import Prepared
+from rfbench.config import SamplerCfg
+from rfbench.errors import UserError
+from rfbench.progress import Progress, say
+from rfbench.records import Clip
+from rfbench.suites import Prompt, Suite, clip_id, clip_seed
+
+TOKENS = 600  # of a pass, all its clips together: 16 clips of a toy chunk take a third of the time of 16 single ones, and more gain nothing
+
+Item = tuple[Prompt, int]  # a clip to make: its prompt and which sample of it
+
+
+def generate(
+    baseline: str,
+    suite: str,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    limit: int | None = None,
+    shard: str | None = None,
+    fresh: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Make the clips of a suite that are not there yet; with `shard` "I/N" only every N-th from the I-th on.
+
+    Returns:
+        the run directory; the run is done when the clips of all shards are there.
+
+    Raises:
+        UserError: the baseline, the suite or one of its prompts cannot be used; the directory holds another run; the disk
+            is full (code 1).
+    """
+    ready = baselines.prepare(baseline, overrides, name=name)
+    asked = suites.load_suite(suite, limit)
+    ready.latents(asked.frames, f"suite '{asked.name}'")
+    items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
+    mine = items if shard is None else suites.shard(items, shard)
+    directory = config.settings().runs / "bench" / ready.name / asked.name
+    inputs = ready.inputs() | {"suite": config.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
+    if dry_run:
+        say(f"{len(mine)} clips of {asked.frames} frames, {len(records.read_clips(directory))} rows are there")
+        return directory
+    opened = functools.cache(lambda: _open(ready, asked))
+    if fresh or not _is_done(directory, inputs):
+        opened()  # what is wrong with a prompt must come out before there is a directory
+    rows = directory / (f"clips.{shard.replace('/', 'of')}.jsonl" if shard else "clips.jsonl")
+    writer = shard and rows.name.split(".")[1]
+    with provenance.session(directory, "generate", f"{ready.name}/{asked.name}", inputs, fresh=fresh, writer=writer) as run:
+        kept = _intact(directory, rows, alone=shard is None)
+        if run.done and len(kept) < len(items):
+            run.reopen()
+        if not run.done:
+            run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel(), trained_by=ready.cfg.trained_by)
+            todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
+            with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
+                for batch in _batches(opened(), ready.cfg.sampler, ready.latents(asked.frames, asked.name), todo):
+                    for clip in _make(opened(), ready, asked, batch, directory):
+                        append(clip)
+                    progress.advance(len(batch))
+            made = _intact(directory, rows, alone=shard is None)
+            run.complete = len(made) == len(items)
+            run.result["clips"] = len(made)
+    return directory
+
+
+def sample(baseline: str, prompt: str, overrides: Sequence[str] = (), *, seed: int, frames: int, out: Path) -> Path:
+    """Make one clip of `frames` pixel frames as `out`, an .mp4 or a .gif.
+
+    Raises:
+        UserError: the baseline, the prompt, the length or the kind of file cannot be used; the disk is full (code 1).
+    """
+    ready = baselines.prepare(baseline, overrides)
+    latents = ready.latents(frames, "--frames")
+    backbone = ready.open()
+    backbone.encode_text([prompt])
+    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out])
+    return out
+
+
+def _is_done(directory: Path, inputs: dict[str, object]) -> bool:
+    if not (directory / "run.json").exists():
+        return False
+    run = records.read_run(directory)
+    return run.status == records.DONE and run.fingerprint == records.fingerprint(inputs)
+
+
+def _open(ready: Prepared, asked: Suite) -> Backbone:
+    """The model, once it is clear that it can make what the suite asks for."""
+    backbone = ready.open()
+    if asked.fps != backbone.shape.fps:
+        raise UserError(f"suite '{asked.name}' is at {asked.fps} frames per second, but backbone '{ready.cfg.backbone}' makes {backbone.shape.fps}")
+    for prompt in asked.prompts:
+        try:
+            backbone.encode_text([_given(prompt)])
+        except UserError as error:
+            raise UserError(f"suite '{asked.name}', prompt {prompt.id}: {error}") from None
+    return backbone
+
+
+def _given(prompt: Prompt) -> str:
+    return prompt.text if prompt.generate_from is None else prompt.generate_from
+
+
+def _intact(directory: Path, own: Path, *, alone: bool) -> dict[str, Clip]:
+    """The clips whose video is the one that its row tells of. Rows of others go from `own`, as do those that are out of order.
+
+    A lone writer takes the rows of all files into its own; the writer of a shard leaves the others' alone.
+
+    Raises:
+        UserError: a video that another writer made is gone or altered (code 1).
+    """
+    files = records.clip_files(directory)
+    rows = {path: records.read_rows(path, Clip) for path in files}
+    whole = {path: [clip for clip in clips if _matches(directory / clip.file, clip.sha256)] for path, clips in rows.items()}
+    for path in files:
+        if not alone and path != own and whole[path] != rows[path]:
+            raise UserError(f"a video that {path} tells of is gone or was altered; run this again without --shard", code=1)
+    mine = [path for path in files if alone or path == own]
+    found = {clip.id: clip for path in files for clip in whole[path]}
+    ordered = sorted({clip.id: clip for path in mine for clip in whole[path]}.values(), key=lambda clip: (clip.prompt_id, clip.sample))
+    if ordered != rows.get(own, []):
+        records.write_rows(own, ordered)
+    for path in mine:
+        if path != own:
+            path.unlink()
+    return found
+
+
+def _matches(path: Path, sha256: str) -> bool:
+    return path.is_file() and records.sha256_of(path) == sha256
+
+
+def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Clips that are made together: as many as fill TOKENS."""
+    shape = sampler.cache_shape(backbone, 1, latents)
+    size = max(1, TOKENS // ((cfg.chunk or latents) * shape.height * shape.width))
+    return (todo[start : start + size] for start in range(0, len(todo), size))
+
+
+def _make(backbone: Backbone, ready: Prepared, asked: Suite, batch: Sequence[Item], directory: Path) -> Iterator[Clip]:
+    """Make a batch of clips; their rows, once all their videos are there."""
+    ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
+    seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
+    files = [f"videos/{clip}.mp4" for clip in ids]
+    latents = ready.latents(asked.frames, asked.name)
+    prompts = [_given(prompt) for prompt, _ in batch]
+    _film(backbone, ready.cfg.sampler, prompts, seeds, latents, asked.frames, asked.fps, [directory / file for file in files])
+    size = (backbone.shape.pixel_height, backbone.shape.pixel_width)
+    for (prompt, sample), clip, seed, file in zip(batch, ids, seeds, files, strict=True):
+        sha256 = records.sha256_of(directory / file)
+        yield Clip(clip, prompt.id, sample, prompt.text, _given(prompt), seed, asked.frames, asked.fps, *size, file, sha256)
+
+
+def _film(
+    backbone: Backbone, cfg: SamplerCfg, prompts: Sequence[str], seeds: Sequence[int], latents: int, frames: int, fps: int, paths: Sequence[Path]
+) -> None:
+    """Stream a batch of clips into its video files; no more than a chunk of pixels is held.
+
+    Raises:
+        UserError: the model's output is not finite, or the disk is full (code 1).
+    """
+    shape = backbone.shape
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(video.writing(path, fps=fps, height=shape.pixel_height, width=shape.pixel_width)) for path in paths]
+        left = frames
+        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds):
+            if not torch.isfinite(pixels).all():
+                raise UserError(f"{paths[0].name}: what the model made is not finite; its weights are not fit for use", code=1)
+            shown = video.as_uint8(pixels[:, :left]).cpu().numpy()  # the last chunk may make more frames than were asked for
+            for write, clip in zip(writers, shown, strict=True):
+                write(clip)
+            left -= shown.shape[1]
