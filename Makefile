@@ -30,7 +30,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(foreach file,$(wildcard benchmarks/*.py),$(BIN)/python $(file) &&) true
+	$(foreach file,$(wildcard benchmarks/*.py),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
