@@ -29,7 +29,7 @@ def score_timesteps(raw_B: Tensor, shift: float, cfg: ScoreCfg) -> Tensor:
 def matching_gradient(video_BFCHW: Tensor, real_BFCHW: Tensor, fake_BFCHW: Tensor) -> Tensor:
     """(fake - real) / mean |video - real|, the mean over everything but the batch: the direction away from the data."""
     scale = (video_BFCHW - real_BFCHW).abs().mean((1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((fake_BFCHW - real_BFCHW) / scale)
+    return (fake_BFCHW - real_BFCHW) / scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def matching_loss(video_BFCHW: Tensor, gradient_BFCHW: Tensor, mask_BF: Tensor | None = None) -> Tensor:
