@@ -129,7 +129,11 @@ def _interval(one: Sample, other: Sample | None) -> Interval:
     if error <= 1e-12 * max(1.0, float(np.abs(by_prompt / count).max())):
         return _alike(value, clips, prompts, seeds, paired=other is not None)
     freedom = error**4 / sum(variance**2 / free for variance, free in parts)
-    draws = sum(_draws(table, count, stream) for stream, table in enumerate(tables))
+    # seeds that are not matched are drawn apart, and alike whichever side comes first
+    streams = (
+        [0] if len(tables) == 1 else [int(repr(side.seeds) > repr(rival.seeds)) for side, rival in ((sides[0], sides[-1]), (sides[-1], sides[0]))]
+    )
+    draws = sum(_draws(table, count, stream) for table, stream in zip(tables, streams, strict=True))
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     stretch = student(freedom, LEVEL) * error / (student(math.inf, LEVEL) * float(np.std(draws)))
     return Interval(value, value + stretch * (float(low) - value), value + stretch * (float(high) - value), error, freedom, clips, prompts, seeds)

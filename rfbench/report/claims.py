@@ -1,0 +1,136 @@
+"""What the measurements make of a study's claims: a verdict each, and the sentence that goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rfbench import statistics
+from rfbench.config import Claim, Study
+from rfbench.errors import UserError, did_you_mean
+from rfbench.report.evidence import TIMINGS
+from rfbench.report.leaderboard import NUMBER, Board, Cell, Row, suite_name
+from rfbench.statistics import INCONCLUSIVE, NOT_RUN, REPRODUCED
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the cells make of a claim. `value`, `low` and `high` are the improvement: positive where the claim says so."""
+
+    claim: Claim
+    verdict: str
+    reason: str
+    better: Cell | None = None
+    than: Cell | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    published: float | None = None  # the same difference as printed
+    detectable: float | None = None  # smallest true difference that this much data finds four times in five
+    seeds: int = 0  # training seeds that carry it; 0 where nothing was trained
+
+
+def judge(board: Board, study: Study) -> tuple[Finding, ...]:
+    """A finding per claim.
+
+    Raises:
+        UserError: a claim is about a contender, suite or metric that the study does not have.
+    """
+    return tuple(_judge(board, study, claim) for claim in study.claims)
+
+
+def _judge(board: Board, study: Study, claim: Claim) -> Finding:
+    check(study, claim, board.metrics)
+    published = None
+    higher_is_better = board.metrics[claim.metric].higher_is_better if claim.metric in board.metrics else True
+    sign = 1.0 if higher_is_better else -1.0
+    if claim.published is not None and claim.metric in board.metrics:
+        published = sign * (claim.published.better - claim.published.than)
+    columns = board.hardware if claim.suite is None else (suite_name(claim.suite),)
+    pairs = [(board.cells.get((claim.better, column, claim.metric)), board.cells.get((claim.than, column, claim.metric))) for column in columns]
+    whole = [pair for pair in pairs if all(cell is not None and cell.state == NUMBER for cell in pair)]
+    if not whole:
+        lacking = [cell.reason for pair in pairs for cell in pair if cell is not None and cell.state != NUMBER]
+        reason = lacking[0] if lacking else f"there are no numbers for '{claim.metric}' yet"
+        better, than = pairs[0] if pairs else (None, None)
+        return Finding(claim, NOT_RUN, reason, better, than, published=published)
+    better, than = whole[0]
+    assert better is not None and than is not None
+    rows = {row.name: row for row in board.rows}
+    found = Finding(claim, INCONCLUSIVE, "", better, than, published=published, seeds=_carried_by(rows[claim.better], rows[claim.than]))
+    if better.sample is None or than.sample is None:
+        return _judge_timing(found, better, than, sign)
+    try:
+        measured = statistics.difference(better.sample, than.sample)
+    except ValueError as error:
+        return dataclasses.replace(found, verdict=NOT_RUN, reason=f"the two cannot be compared: {error}")
+    low, high = measured.low, measured.high
+    if low is not None and high is not None and sign < 0:
+        low, high = -high, -low
+    found = dataclasses.replace(found, value=sign * measured.value, low=low, high=high, detectable=statistics.detectable(measured))
+    verdict = statistics.verdict(low, high, claim.margin)
+    return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, measured.why, "the 95 % interval") + _caution(found.seeds))
+
+
+def _judge_timing(found: Finding, better: Cell, than: Cell, sign: float) -> Finding:
+    """A difference of timings holds if the ranges over all repetitions are that far apart."""
+    assert better.value is not None and better.low is not None and better.high is not None
+    assert than.value is not None and than.low is not None and than.high is not None
+    ends = sorted((sign * (better.low - than.high), sign * (better.high - than.low)))
+    found = dataclasses.replace(found, value=sign * (better.value - than.value), low=ends[0], high=ends[1], seeds=0)
+    if min(better.repeats, than.repeats) < 2:
+        return dataclasses.replace(found, low=None, high=None, reason="timed once: no spread to compare the difference with")
+    verdict = statistics.verdict(found.low, found.high, found.claim.margin)
+    return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, "", "the range over repetitions"))
+
+
+def _reason(found: Finding, verdict: str, why: str, interval: str) -> str:
+    margin = "zero" if found.claim.margin == 0 else f"the claimed margin of {found.claim.margin:g}"
+    if found.low is None:
+        return f"{interval} is not defined: {why}"
+    if verdict == REPRODUCED:
+        return f"{interval} lies above {margin}"
+    if verdict == INCONCLUSIVE:
+        return f"{interval} holds {margin}"
+    if found.low > 0:
+        return f"better, but {interval} lies below {margin}"
+    return f"{interval} lies below {margin}"
+
+
+def _caution(seeds: int) -> str:
+    return "; one training seed: another training run may say otherwise" if seeds == 1 else ""
+
+
+def _carried_by(*rows: Row) -> int:
+    """The fewest training seeds among the rows that were trained; 0 if none was."""
+    return min((len(row.seeds) for row in rows if row.seeds), default=0)
+
+
+def check(study: Study, claim: Claim, metrics: Iterable[str]) -> None:
+    """Refuse a claim about what a study does not have; `metrics` are those that its scorers have.
+
+    Raises:
+        UserError: no such contender, scorer, suite or metric.
+    """
+    where = f"study '{study.title}', claim '{claim.id}'"
+    names = {contender.name for contender in study.contenders}
+    for contender in (claim.better, claim.than):
+        if contender not in names:
+            raise UserError(f"{where}: there is no contender '{contender}'{did_you_mean(contender, names)}")
+    scorer, _, metric = claim.metric.partition(".")
+    if scorer == "profile":
+        if metric not in TIMINGS:
+            raise UserError(f"{where}: '{metric}' is no timing{did_you_mean(metric, TIMINGS)}")
+        if claim.suite is not None:
+            raise UserError(f"{where}: a timing has no suite; remove 'suite'")
+        if study.profile is None:
+            raise UserError(f"{where}: the study does not time anything; give it a 'profile'")
+        return
+    if scorer not in study.scorers:
+        raise UserError(f"{where}: the study does not run scorer '{scorer}'{did_you_mean(scorer, study.scorers)}")
+    if claim.suite not in study.suites:
+        raise UserError(f"{where}: the study has no suite '{claim.suite}'{did_you_mean(str(claim.suite), study.suites)}")
+    known = [name for name in metrics if name.startswith(f"{scorer}.")]
+    if known and claim.metric not in known:
+        raise UserError(f"{where}: scorer '{scorer}' has no metric '{metric}'{did_you_mean(claim.metric, known)}")

@@ -1,0 +1,398 @@
+"""From run directories to a table: a row per contender, a cell per suite and metric.
+
+A row pools the training seeds of its contender. Under a study every cell that was asked for is there: with a number and
+where it came from, or with the reason why there is none. Without a study a run that is not whole is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rfbench import config, records, statistics
+from rfbench.config import Baseline, Contender, Reported, Study
+from rfbench.errors import UserError, did_you_mean
+from rfbench.report import evidence
+from rfbench.report.evidence import TIMINGS, Bench, Scores, Timing, Training
+from rfbench.scorers.base import Metric
+from rfbench.statistics import Interval, Sample
+
+NUMBER, NOT_RUN, INCOMPLETE, LEFT_OUT = "number", "not run", "incomplete", "not asked for"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender and the names of its runs: one, or one per training seed."""
+
+    name: str
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...] = ()  # training seeds; none where nothing was trained for this table
+    note: str = ""  # how it differs from the row or recipe that it comes from
+    suites: tuple[str, ...] | None = None
+    title: str = ""
+    saw: tuple[str, ...] = ()
+    reported: tuple[Reported, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a row has in a column: a number with its interval (for timings: median and range), or why not."""
+
+    row: str
+    column: str  # suite, or the hardware of a timing
+    metric: str
+    state: str = NUMBER
+    reason: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    clips: int = 0
+    prompts: int = 0
+    seeds: int = 0
+    repeats: int = 0  # of a timing
+    sources: tuple[dict[str, Any], ...] = ()  # one per run
+    saw: bool = False  # optimised in training
+    best: bool = False
+    tied: bool = False  # its paired difference from the best is not told from zero
+    sample: Sample | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Everything that a report shows."""
+
+    title: str
+    study: str | None
+    rows: tuple[Row, ...]
+    suites: tuple[str, ...]
+    hardware: tuple[str, ...]
+    metrics: dict[str, Metric]
+    columns: dict[str, tuple[str, ...]]  # suite or hardware -> its metrics
+    cells: dict[tuple[str, str, str], Cell]  # (row, suite or hardware, metric)
+    benches: dict[tuple[str, str], Bench]  # (run, suite)
+    scores: dict[tuple[str, str], tuple[Scores, ...]]
+    timings: dict[tuple[str, str], tuple[Timing, ...]]  # (row, hardware)
+    trainings: tuple[Training, ...]
+    needs: str = ""
+
+
+Find = Callable[[str, str], Path | None]  # (verb, name of a run) -> its directory
+
+
+def suite_name(suite: str) -> str:
+    """What a suite is called that was given by name or by path."""
+    return Path(suite).stem if suite.endswith((".jsonl", ".yaml", ".yml")) else suite
+
+
+def study_rows(study: Study, name: str) -> tuple[Row, ...]:
+    """A row per contender of a study that is called `name`, with the names that `reproduce` gives to its runs.
+
+    A contender with `recipe`, and every variant of one, has a run per training seed.
+
+    Raises:
+        UserError: a contender that is not there is named, or names are not unique.
+    """
+    named = {contender.name: contender for contender in study.contenders}
+    if len(named) != len(study.contenders):
+        raise UserError(f"study '{study.title}' has two contenders of one name; rename one")
+
+    def root(contender: Contender, above: tuple[str, ...] = ()) -> Contender:
+        if contender.of is None:
+            return contender
+        if contender.of not in named or contender.of in above:
+            raise UserError(f"study '{study.title}': contender '{contender.name}' is 'of' '{contender.of}'{did_you_mean(contender.of, named)}")
+        return root(named[contender.of], (*above, contender.name))
+
+    def note(contender: Contender) -> str:
+        parts = [f"{key} = {value}" for key, value in contender.set.items()]
+        if contender.of:
+            return f"{contender.of} with {', '.join(parts)}" if parts else f"same as {contender.of}"
+        source = f"recipe {contender.recipe}" if contender.recipe else f"baseline {contender.baseline}"
+        return f"{source} with {', '.join(parts)}" if parts else source
+
+    rows = []
+    for contender in study.contenders:
+        seeds = root(contender).seeds if root(contender).recipe else ()
+        runs = tuple(f"{name}/{contender.name}-s{seed}" for seed in seeds) or (f"{name}/{contender.name}",)
+        suites = None if contender.suites is None else tuple(map(suite_name, contender.suites))
+        rows.append(Row(contender.name, runs, seeds, note(contender), suites))
+    return tuple(rows)
+
+
+def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str], list[str]]) -> Board:
+    """The board of a study; what is missing or broken becomes a cell that says so.
+
+    Raises:
+        UserError: a contender is a variant of nobody, or everything of the study is missing.
+    """
+    rows = study_rows(study, config.name_of(name))
+    runs = [run for row in rows for run in row.runs]
+    hardware = tuple(dict.fromkeys(machine for run in runs for machine in hardware_of(run))) if study.profile else ()
+    board, problems = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, hardware, find, strict=False)
+    logs = [path for run in runs if (path := find("train", run)) is not None]
+    if not board.benches:
+        reasons = sorted({reason for _, reason in problems.values()})
+        raise UserError(
+            f"nothing of study '{name}' can be reported ({reasons[0] if reasons else 'no suites'}); run it first: rfbench reproduce {name}"
+        )
+    return dataclasses.replace(
+        board,
+        title=study.title,
+        study=Path(name).name if name.endswith((".yaml", ".yml")) else name,
+        trainings=tuple(map(evidence.read_training, logs)),
+        needs=study.needs,
+    )
+
+
+def read_runs(directories: Sequence[Path]) -> Board:
+    """The board of some runs, a row per baseline.
+
+    Raises:
+        UserError: one of them is not whole.
+    """
+    kinds: dict[str, dict[str, Path]] = {"generate": {}, "profile": {}, "train": {}}
+    for directory in directories:
+        run = records.read_run(directory)
+        if run.verb not in kinds or run.name in kinds[run.verb]:
+            raise UserError(
+                f"{directory} is {'a second' if run.verb in kinds else 'no'} run that a report can show ({run.verb} {run.name}); leave it out"
+            )
+        kinds[run.verb][run.name] = directory
+    names = list(dict.fromkeys(name.rpartition("/")[0] for verb in ("generate", "profile") for name in kinds[verb]))
+    suites = tuple(dict.fromkeys(name.rpartition("/")[2] for name in kinds["generate"]))
+    hardware = tuple(dict.fromkeys(name.rpartition("/")[2] for name in kinds["profile"]))
+    if not suites:
+        raise UserError("none of these runs has clips to report on; name a run of generate, for example reward-forcing/toy-short")
+    rows = tuple(Row(name, (name,), suites=tuple(suite for suite in suites if f"{name}/{suite}" in kinds["generate"])) for name in names)
+    board, _ = _read(rows, suites, None, hardware, lambda verb, name: kinds[verb].get(name), strict=True)
+    return dataclasses.replace(board, trainings=tuple(evidence.read_training(path) for path in kinds["train"].values()))
+
+
+Problems = dict[tuple[str, str, str], tuple[str, str]]  # (run, suite or hardware, scorer or "") -> state, reason
+
+
+def _read(
+    rows: Sequence[Row], suites: tuple[str, ...], scorers: tuple[str, ...] | None, hardware: tuple[str, ...], find: Find, *, strict: bool
+) -> tuple[Board, Problems]:
+    """Read all runs of all rows; with `strict` the first problem is raised instead of noted."""
+    benches: dict[tuple[str, str], Bench] = {}
+    scores: dict[tuple[str, str], tuple[Scores, ...]] = {}
+    timings: dict[tuple[str, str], tuple[Timing, ...]] = {}
+    problems: Problems = {}
+
+    def attempt(place: tuple[str, str, str], read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except UserError as error:
+            if strict:
+                raise
+            problems[place] = (INCOMPLETE, str(error))
+        return None
+
+    for row in rows:
+        for suite in suites if row.suites is None else row.suites:
+            for run in row.runs:
+                directory = find("generate", f"{run}/{suite}")
+                if directory is None:
+                    problems[run, suite, ""] = (NOT_RUN, f"{run}/{suite} has not been generated")
+                    continue
+                bench = attempt((run, suite, ""), evidence.read_bench, directory)
+                if bench is None:
+                    continue
+                wanted = evidence.scorers_of(bench) if scorers is None else scorers
+                found = [attempt((run, suite, scorer), evidence.read_scores, bench, scorer) for scorer in wanted]
+                benches[run, suite], scores[run, suite] = bench, tuple(item for item in found if item is not None)
+        for machine in hardware:
+            paths = [(run, find("profile", f"{run}/{machine}")) for run in row.runs]
+            read = [attempt((run, machine, ""), evidence.read_timing, path) for run, path in paths if path is not None]
+            if any(read):
+                timings[row.name, machine] = tuple(item for item in read if item is not None)
+    _same_conditions(benches, scores, problems, strict=strict)
+    rows = tuple(_described(row, [bench.baseline for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
+    columns, metrics = _columns(suites, scores, hardware, timings)
+    cells = {}
+    for row in rows:
+        for suite in suites:
+            for metric in columns[suite]:
+                cells[row.name, suite, metric] = _cell(row, suite, metric, benches, scores, problems)
+        for machine in hardware:
+            for metric in columns[machine]:
+                cells[row.name, machine, metric] = _timed(row, machine, metric, timings.get((row.name, machine), ()), problems)
+    _rank(cells, metrics)
+    return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, ()), problems
+
+
+def _described(row: Row, baselines: Sequence[Baseline]) -> Row:
+    """A row with what its baseline files say."""
+    if not baselines:
+        return row
+    first = baselines[0]
+    seeds = row.seeds or ((int(first.trained_by["seed"]),) if "seed" in first.trained_by else ())
+    return dataclasses.replace(row, title=first.title, saw=first.saw, reported=first.reported, seeds=seeds)
+
+
+def _same_conditions(benches: dict[Any, Bench], scores: dict[Any, tuple[Scores, ...]], problems: Problems, *, strict: bool) -> None:
+    """Numbers stand beside each other only if their prompts and their scorer are the same: the odd ones out are taken off the table."""
+
+    def usual(values: Iterable[str]) -> str:
+        return Counter(values).most_common(1)[0][0]
+
+    def refuse(place: tuple[str, str, str], sentence: str) -> None:
+        if strict:
+            raise UserError(sentence)
+        problems[place] = (INCOMPLETE, sentence)
+
+    for suite in {place[1] for place in benches}:
+        wanted = usual(bench.suite_sha256 for (_, name), bench in benches.items() if name == suite)
+        for place in [place for place, bench in benches.items() if place[1] == suite and bench.suite_sha256 != wanted]:
+            refuse((*place, ""), f"{benches[place].run.name} was generated from another version of suite '{suite}' than the rest; generate it again")
+            del benches[place], scores[place]
+    for scorer in {item.scorer for found in scores.values() for item in found}:
+        version = usual(item.version for found in scores.values() for item in found if item.scorer == scorer)
+        for (run, suite), found in scores.items():
+            for item in found:
+                if item.scorer == scorer and item.version != version:
+                    refuse(
+                        (run, suite, scorer),
+                        f"{run}/{suite} was scored by version {item.version} of '{scorer}', the rest by {version}; score it again",
+                    )
+            scores[run, suite] = tuple(item for item in found if item.scorer != scorer or item.version == version)
+
+
+def _columns(
+    suites: Sequence[str],
+    scores: dict[tuple[str, str], tuple[Scores, ...]],
+    hardware: Sequence[str],
+    timings: dict[tuple[str, str], tuple[Timing, ...]],
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Metric]]:
+    """The metrics that say something, by suite and by hardware, in the order of their scorers."""
+    columns: dict[str, tuple[str, ...]] = {}
+    metrics: dict[str, Metric] = {}
+    for suite in suites:
+        found = [item for (_, name), items in scores.items() if name == suite for item in items]
+        columns[suite] = tuple(dict.fromkeys(metric for item in found for metric in item.metrics if metric in item.values))
+        metrics |= {metric: text for item in found for metric, text in item.metrics.items()}
+    for machine in hardware:
+        timed = [timing for (_, name), items in timings.items() if name == machine for timing in items]
+        there = {metric for timing in timed for metric in timing.metrics}
+        columns[machine] = tuple(f"profile.{name}" for name in TIMINGS if f"profile.{name}" in there)
+        metrics |= {f"profile.{name}": text for name, text in TIMINGS.items() if f"profile.{name}" in there}
+    return columns, metrics
+
+
+def source(directory_name: str, run: records.Run, **more: Any) -> dict[str, Any]:
+    """Where a number came from, without the name of the machine or any path on it."""
+    code = run.recorded.get("code") or {}
+    return {
+        "run": directory_name,
+        "fingerprint": run.fingerprint,
+        "commit": code.get("commit"),
+        "dirty": code.get("dirty"),
+        "version": code.get("version"),
+    } | more
+
+
+def _cell(
+    row: Row,
+    suite: str,
+    metric: str,
+    benches: dict[tuple[str, str], Bench],
+    scores: dict[tuple[str, str], tuple[Scores, ...]],
+    problems: Problems,
+) -> Cell:
+    scorer = metric.partition(".")[0]
+    empty = Cell(row.name, suite, metric)
+    if row.suites is not None and suite not in row.suites:
+        return dataclasses.replace(empty, state=LEFT_OUT, reason=f"{row.name} is not run on {suite} here")
+    for run in row.runs:
+        state, reason = problems.get((run, suite, ""), problems.get((run, suite, scorer), ("", "")))
+        if state:
+            return dataclasses.replace(empty, state=state, reason=reason)
+    values: list[float] = []
+    prompts: list[int] = []
+    seeds: list[int] = []
+    sources = []
+    percentage = False
+    for number, run in enumerate(row.runs):
+        bench = benches[run, suite]
+        item = next((item for item in scores[run, suite] if metric in item.values), None)
+        if item is None:
+            return dataclasses.replace(empty, state=INCOMPLETE, reason=f"{run}/{suite} has no '{metric}' although other rows do; score it again")
+        for clip in bench.clips:
+            if clip.id in item.values[metric]:
+                values.append(item.values[metric][clip.id])
+                prompts.append(clip.prompt_id)
+                seeds.append(row.seeds[number] if row.seeds else number)
+        percentage = item.metrics[metric].unit == "%"
+        weights = {"weights_sha256": bench.weights_sha256, "suite_sha256": bench.suite_sha256}
+        sources.append(source(bench.run.name, bench.run, **weights, scorer=scorer, scorer_version=item.version))
+    try:
+        sample = statistics.sample(values, prompts, seeds)
+    except ValueError as error:
+        return dataclasses.replace(empty, state=INCOMPLETE, reason=f"{row.name} on {suite}: {error}; generate and score it again")
+    found: Interval = statistics.mean(sample)
+    bounds = (0.0, 100.0) if percentage else (-math.inf, math.inf)
+    return dataclasses.replace(
+        empty,
+        value=found.value,
+        low=None if found.low is None else max(found.low, bounds[0]),
+        high=None if found.high is None else min(found.high, bounds[1]),
+        reason=found.why,
+        clips=len(values),
+        prompts=found.prompts,
+        seeds=found.seeds,
+        sources=tuple(sources),
+        saw=any(seen in (metric, scorer) for seen in row.saw),
+        sample=sample,
+    )
+
+
+def _timed(row: Row, machine: str, metric: str, timings: tuple[Timing, ...], problems: Problems) -> Cell:
+    """Median of medians over the timed runs of a row, and the whole range."""
+    empty = Cell(row.name, machine, metric)
+    broken = [problems[run, machine, ""] for run in row.runs if (run, machine, "") in problems]
+    if broken:
+        return dataclasses.replace(empty, state=broken[0][0], reason=broken[0][1])
+    if not timings:
+        return dataclasses.replace(empty, state=NOT_RUN, reason=f"{row.name} has not been profiled on {machine}")
+    found = [(timing, timing.metrics[metric]) for timing in timings if metric in timing.metrics]
+    if not found:
+        return dataclasses.replace(empty, state=LEFT_OUT, reason=f"'{metric}' does not apply: {row.name} does not stream, or not for long enough")
+    return dataclasses.replace(
+        empty,
+        value=median(spread.median for _, spread in found),
+        low=min(spread.low for _, spread in found),
+        high=max(spread.high for _, spread in found),
+        repeats=sum(spread.repeats for _, spread in found),
+        seeds=len(found) if row.seeds else 0,
+        sources=tuple(source(timing.run.name, timing.run, weights_sha256=timing.run.inputs.get("weights_sha256")) for timing, _ in found),
+    )
+
+
+def _rank(cells: dict[tuple[str, str, str], Cell], metrics: dict[str, Metric]) -> None:
+    """Mark the best number of each column, and those that cannot be told from it."""
+    for column, metric in dict.fromkeys(place[1:] for place in cells):
+        numbers = {place: cell for place, cell in cells.items() if place[1:] == (column, metric) and cell.value is not None}
+        if len(numbers) < 2:
+            continue
+        sign = 1 if metrics[metric].higher_is_better else -1
+        leader = max(numbers, key=lambda place: sign * (numbers[place].value or 0.0))
+        for place, cell in numbers.items():
+            cells[place] = dataclasses.replace(cell, best=place == leader, tied=place != leader and _tied(numbers[leader], cell))
+
+
+def _tied(leader: Cell, cell: Cell) -> bool:
+    """Whether the difference from the leader may be zero: by their paired interval, or for timings by overlapping ranges."""
+    if leader.sample is None or cell.sample is None:
+        return None not in (leader.low, leader.high, cell.low, cell.high) and not (cell.high < leader.low or leader.high < cell.low)  # type: ignore[operator]
+    try:
+        found = statistics.difference(leader.sample, cell.sample)
+    except ValueError:  # not the same prompts
+        return False
+    return statistics.verdict(found.low, found.high) == statistics.INCONCLUSIVE
