@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rfbench import config
 from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
-from rfbench.records import atomic, sha256_of
+from rfbench.records import atomic, canonical, sha256_of
 
 RUN = "run:"  # WeightsCfg.file "run:NAME" is what the training run NAME ended with
 
@@ -89,11 +89,14 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
 
 
 def save(path: Path, module: nn.Module, about: Mapping[str, str]) -> None:
-    """Write a module's tensors as safetensors with a few words about their origin; complete or not at all."""
+    """Write a module's tensors as safetensors with a few words about their origin; complete or not at all.
+
+    The words are one entry of the header: the format writes several in an order that changes from process to process.
+    """
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary, dict(about))
+        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary, {"about": canonical(about)})
 
 
 class Ema:
