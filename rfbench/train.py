@@ -88,6 +88,10 @@ def check(cfg: Recipe) -> None:
         raise UserError(f"recipe '{cfg.title}': a batch of {cfg.batch} does not split into {cfg.accumulate} equal micro-batches")
     if cfg.checkpoint_every % cfg.log_every:
         raise UserError(f"recipe '{cfg.title}': 'checkpoint_every' must be a multiple of 'log_every', or a resumed run would log other means")
+    if cfg.method == "ode" and cfg.sampler.chunk is None:
+        raise UserError(f"recipe '{cfg.title}': method 'ode' makes a streaming student and needs a sampler with 'chunk' and 'cache'")
+    if cfg.scores is not None and cfg.sampler.guidance != 1.0:
+        raise UserError(f"recipe '{cfg.title}': a student learns its teacher's guidance; leave 'sampler.guidance' at 1 and set 'scores.guidance'")
     if cfg.sampler.chunk is not None and cfg.latents % cfg.sampler.chunk:
         raise UserError(f"recipe '{cfg.title}': {cfg.latents} latent frames are not whole chunks of {cfg.sampler.chunk}")
 

@@ -14,6 +14,7 @@ from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.dit import block_causal_mask
 from rfbench.config import Recipe, SamplerCfg
 from rfbench.data import OdePairs, draw_prompts
+from rfbench.errors import UserError
 from rfbench.methods.base import Batch, Draws
 from rfbench.sampler import cache_shape, stream, timesteps
 from rfbench.schedule import Schedule, flow_to_x0
@@ -64,12 +65,15 @@ def solve_pairs(
     """Run the teacher's many-step sampler from one noise per seed and keep what it passes at the student's timesteps.
 
     Raises:
-        ValueError: the solver does not pass a timestep of the student.
+        UserError: the solver does not pass a timestep of the student.
     """
     passed, kept = timesteps(solver), timesteps(student)
     numbers = [min(range(len(passed)), key=lambda i: abs(passed[i] - t)) for t in kept]
     if any(abs(passed[number] - t) > 1e-6 * t for number, t in zip(numbers, kept, strict=True)):
-        raise ValueError(f"a solver at timesteps {passed} does not pass all of {kept}")
+        raise UserError(
+            f"the ODE solver passes the timesteps {', '.join(f'{t:g}' for t in passed)}, but not all of the student's "
+            f"{', '.join(f'{t:g}' for t in kept)}; give 'data.pair_sampler' steps that do"
+        )
     captions, paths = draw_prompts(seeds), []
     for start in range(0, len(seeds), part):
         prompts = captions[start : start + part]
