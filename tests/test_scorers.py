@@ -25,7 +25,7 @@ from rfbench.video import writing
 GREY = 2 * world.BACKGROUND - 1
 SIZE = np.array([world.WIDTH, world.HEIGHT])
 PROMPTS = ("a red triangle moves left quickly", "a blue disc moves down quickly then up", "a yellow square moves right quickly then slowly")
-WORST = {  # a clip without a sprite
+WORST: dict[str, float] = {  # a clip without a sprite
     "motion.dynamic_degree": 0,
     "motion.speed": 0,
     "motion.motion_smoothness": 0,
@@ -67,7 +67,7 @@ def save(frames: np.ndarray, run: Path, prompt: str = "a red disc", name: str = 
     return Clip(name, 0, 0, prompt, prompt, 0, count, world.FPS, height, width, path.name, sha256_of(path))
 
 
-def rows_of(clip: Clip, run: Path) -> list:
+def rows_of(clip: Clip, run: Path) -> list[tuple[str, int | None, float]]:
     """All rows of one clip as (public name, segment, value)."""
     scorers = [pick(SCORERS, name, what="scorer") for name in SCORERS]
     return [(f"{scorer.name}.{row.metric}", row.segment, row.value) for scorer in scorers for row in scorer.score([clip], run)]
@@ -207,7 +207,7 @@ def test_speed_in_any_direction_with_any_turn_is_exact_without_a_codec(speed, an
 
 # Defects are ranked below what they spoil
 
-BELOW = {  # defect -> metrics that must be worse than the real clip's, by at least so much
+BELOW: dict[str, dict[str, float]] = {  # defect -> metrics that must be worse than the real clip's, by at least so much
     "frozen": {
         "motion.dynamic_degree": 100,
         "motion.speed": 0.3,
@@ -239,7 +239,7 @@ BELOW = {  # defect -> metrics that must be worse than the real clip's, by at le
     "wrong direction": {"caption.direction_agreement": 95, "caption.caption_agreement": 15},
     "half the speed": {"caption.speed_agreement": 30, "motion.speed": 0.1},
 }
-UNTOUCHED = {  # defect -> metrics that must stay what they are for the real clip, within so much
+UNTOUCHED: dict[str, dict[str, float]] = {  # defect -> metrics that must stay what they are for the real clip, within so much
     "frozen": {"motion.motion_smoothness": 0.5, "subject.first_frame_copying": 0, "subject.subject_consistency": 2, "drift.imaging_quality": 2},
     "jittering": {"motion.speed": 0.1, "subject.first_frame_copying": 1, "caption.direction_agreement": 5, "subject.subject_consistency": 1},
     "frozen, jittering": {"subject.first_frame_copying": 1},
