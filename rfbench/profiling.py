@@ -20,7 +20,7 @@ What is counted (chunks from 0; the first ones, while the window fills, are left
     stall_B_s             time for which such a player stands still, if it waits for what is late
     slowdown              median time of the last third's chunks / that of the first third's, from chunk 3 on
     cold_start_s          process start to first frame: interpreter, imports, weights, first chunk
-    peak_memory_bytes     GPU: allocated, after warm-up; CPU: the whole process's resident memory
+    peak_memory_bytes     most that was held after warm-up: allocated on a GPU, resident on a CPU
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def profile(
                     taken.append(_in_new_process(ready, number, counted, repeats))
                     progress.advance()
             records.write_rows(directory / "chunks.jsonl", [row for times in taken for row in times.chunks])
-            run.record(dtype=taken[0].dtype)
+            run.record(**taken[0].about)
             run.result.update(summary(taken))
     return directory
 
@@ -115,7 +115,7 @@ class Times:
 
     values: dict[str, list[float]]
     chunks: list[Chunk]
-    dtype: str
+    about: dict[str, str]  # dtype, and what memory is that was metered
 
 
 def summary(taken: Sequence[Times]) -> dict[str, dict[str, float]]:
@@ -139,13 +139,12 @@ def measure(ready: Prepared, process: int, chunks: int, repeats: int, threads: i
     torch.set_num_threads(threads)
     backbone = ready.open()
     prompt = load_suite("smoke").prompts[0].text
-    latents, fps, cuda = ready.latents(CLIP, "the profile"), backbone.shape.fps, baselines.device().type == "cuda"
+    latents, fps = ready.latents(CLIP, "the profile"), backbone.shape.fps
     begun = time.time()
     cold, _ = time_clip(backbone, ready.cfg.sampler, prompt, latents)
     for _ in range(WARM_UPS - 1):
         time_clip(backbone, ready.cfg.sampler, prompt, latents)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    memory, peak = meter()
     values: dict[str, list[float]] = {"cold_start_s": [begun - born + cold]}
     rows: list[Chunk] = []
     for repeat in range(repeats):
@@ -157,10 +156,21 @@ def measure(ready: Prepared, process: int, chunks: int, repeats: int, threads: i
             rows += streamed
         for metric, value in found.items():
             values.setdefault(metric, []).append(value)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
-    return Times(values | {"peak_memory_bytes": [float(peak)]}, rows, dtype)
+    return Times(values | {"peak_memory_bytes": [float(peak())]}, rows, {"dtype": dtype, "memory": memory})
+
+
+def meter() -> tuple[str, Callable[[], int]]:
+    """Forget the most memory held so far; what is metered from now on, and how to read it, in bytes."""
+    if baselines.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return "allocated on the GPU after warm-up", torch.cuda.max_memory_allocated
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return "resident after warm-up", lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    except OSError:  # not Linux, or not allowed
+        unit = 1 if sys.platform == "darwin" else 1024
+        return "resident, of the whole process", lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Clock:

@@ -145,12 +145,11 @@ def limits(board: Board, findings: Sequence[Finding]) -> list[str]:
 
 
 def _gaps(board: Board) -> list[str]:
-    """Cells that have no number, by reason."""
-    reasons: dict[tuple[str, str], int] = {}
-    for cell in board.cells.values():
-        if cell.state in (NOT_RUN, INCOMPLETE):
-            reasons[cell.state, cell.reason] = reasons.get((cell.state, cell.reason), 0) + 1
-    return [f"{count} cell{'s' * (count > 1)} {state}: {reason}." for (state, reason), count in reasons.items()]
+    """What was asked for and is not there."""
+    missing = [f"{run}/{column}" for (run, column, _), (state, _) in board.problems.items() if state == NOT_RUN]
+    found = [f"Not run: {several(missing)}."] if missing else []
+    reasons = dict.fromkeys(reason for state, reason in board.problems.values() if state == INCOMPLETE)
+    return [*found, *(f"Incomplete: {reason}." for reason in reasons)]
 
 
 def _mixed(board: Board) -> list[str]:

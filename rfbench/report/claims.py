@@ -52,7 +52,7 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     whole = [pair for pair in pairs if all(cell is not None and cell.state == NUMBER for cell in pair)]
     if not whole:
         lacking = [cell.reason for pair in pairs for cell in pair if cell is not None and cell.state != NUMBER]
-        reason = lacking[0] if lacking else f"there are no numbers for '{claim.metric}' yet"
+        reason = (lacking or _why_not(board, claim))[0]
         better, than = pairs[0] if pairs else (None, None)
         return Finding(claim, NOT_RUN, reason, better, than, published=published)
     better, than = whole[0]
@@ -71,6 +71,14 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     found = dataclasses.replace(found, value=sign * measured.value, low=low, high=high, detectable=statistics.detectable(measured))
     verdict = statistics.verdict(low, high, claim.margin)
     return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, measured.why, "the 95 % interval") + _caution(found.seeds))
+
+
+def _why_not(board: Board, claim: Claim) -> list[str]:
+    """Why there is not even a column for a claim's metric."""
+    suite, scorer = suite_name(claim.suite or ""), claim.metric.partition(".")[0]
+    runs = [run for row in board.rows if row.name in (claim.better, claim.than) for run in row.runs]
+    found = [reason for (run, column, by), (_, reason) in board.problems.items() if run in runs and column == suite and by in ("", scorer)]
+    return [*found, f"there are no numbers for '{claim.metric}'"]
 
 
 def _judge_timing(found: Finding, better: Cell, than: Cell, sign: float) -> Finding:

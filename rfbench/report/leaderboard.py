@@ -63,6 +63,9 @@ class Cell:
     sample: Sample | None = field(default=None, repr=False, compare=False)
 
 
+Problems = dict[tuple[str, str, str], tuple[str, str]]  # (run, suite or hardware, scorer or "" for all) -> state, reason
+
+
 @dataclass(frozen=True)
 class Board:
     """Everything that a report shows."""
@@ -78,7 +81,8 @@ class Board:
     benches: dict[tuple[str, str], Bench]  # (run, suite)
     scores: dict[tuple[str, str], tuple[Scores, ...]]
     timings: dict[tuple[str, str], tuple[Timing, ...]]  # (row, hardware)
-    trainings: tuple[Training, ...]
+    problems: Problems
+    trainings: tuple[Training, ...] = ()
     needs: str = ""
 
 
@@ -134,10 +138,10 @@ def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str],
     rows = study_rows(study, config.name_of(name))
     runs = [run for row in rows for run in row.runs]
     hardware = tuple(dict.fromkeys(machine for run in runs for machine in hardware_of(run))) if study.profile else ()
-    board, problems = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, hardware, find, strict=False)
+    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, hardware, find, strict=False)
     logs = [path for run in runs if (path := find("train", run)) is not None]
     if not board.benches:
-        reasons = sorted({reason for _, reason in problems.values()})
+        reasons = sorted({reason for _, reason in board.problems.values()})
         raise UserError(
             f"nothing of study '{name}' can be reported ({reasons[0] if reasons else 'no suites'}); run it first: rfbench reproduce {name}"
         )
@@ -170,29 +174,26 @@ def read_runs(directories: Sequence[Path]) -> Board:
     if not suites:
         raise UserError("none of these runs has clips to report on; name a run of generate, for example reward-forcing/toy-short")
     rows = tuple(Row(name, (name,), suites=tuple(suite for suite in suites if f"{name}/{suite}" in kinds["generate"])) for name in names)
-    board, _ = _read(rows, suites, None, hardware, lambda verb, name: kinds[verb].get(name), strict=True)
+    board = _read(rows, suites, None, hardware, lambda verb, name: kinds[verb].get(name), strict=True)
     return dataclasses.replace(board, trainings=tuple(evidence.read_training(path) for path in kinds["train"].values()))
-
-
-Problems = dict[tuple[str, str, str], tuple[str, str]]  # (run, suite or hardware, scorer or "") -> state, reason
 
 
 def _read(
     rows: Sequence[Row], suites: tuple[str, ...], scorers: tuple[str, ...] | None, hardware: tuple[str, ...], find: Find, *, strict: bool
-) -> tuple[Board, Problems]:
+) -> Board:
     """Read all runs of all rows; with `strict` the first problem is raised instead of noted."""
     benches: dict[tuple[str, str], Bench] = {}
     scores: dict[tuple[str, str], tuple[Scores, ...]] = {}
     timings: dict[tuple[str, str], tuple[Timing, ...]] = {}
     problems: Problems = {}
 
-    def attempt(place: tuple[str, str, str], read: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(place: tuple[str, str, str], directory: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return read(*arguments)
         except UserError as error:
             if strict:
                 raise
-            problems[place] = (INCOMPLETE, str(error))
+            problems[place] = (INCOMPLETE, str(error).replace(str(directory), "/".join(place[:2])))  # a report names runs, not paths
         return None
 
     for row in rows:
@@ -202,15 +203,15 @@ def _read(
                 if directory is None:
                     problems[run, suite, ""] = (NOT_RUN, f"{run}/{suite} has not been generated")
                     continue
-                bench = attempt((run, suite, ""), evidence.read_bench, directory)
+                bench = attempt((run, suite, ""), directory, evidence.read_bench, directory)
                 if bench is None:
                     continue
                 wanted = evidence.scorers_of(bench) if scorers is None else scorers
-                found = [attempt((run, suite, scorer), evidence.read_scores, bench, scorer) for scorer in wanted]
+                found = [attempt((run, suite, scorer), directory, evidence.read_scores, bench, scorer) for scorer in wanted]
                 benches[run, suite], scores[run, suite] = bench, tuple(item for item in found if item is not None)
         for machine in hardware:
             paths = [(run, find("profile", f"{run}/{machine}")) for run in row.runs]
-            read = [attempt((run, machine, ""), evidence.read_timing, path) for run, path in paths if path is not None]
+            read = [attempt((run, machine, ""), path, evidence.read_timing, path) for run, path in paths if path is not None]
             if any(read):
                 timings[row.name, machine] = tuple(item for item in read if item is not None)
     _same_conditions(benches, scores, problems, strict=strict)
@@ -225,7 +226,7 @@ def _read(
             for metric in columns[machine]:
                 cells[row.name, machine, metric] = _timed(row, machine, metric, timings.get((row.name, machine), ()), problems)
     _rank(cells, metrics)
-    return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, ()), problems
+    return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
 
 
 def _described(row: Row, baselines: Sequence[Baseline]) -> Row:
