@@ -75,7 +75,7 @@ def condensed(board: Board) -> dict[str, str]:
         record = {
             "schema": SCHEMA,
             "run": _plain(bench.run),
-            "clips": {clip.id: {"prompt": clip.prompt_id, "sample": clip.sample, "sha256": clip.sha256} for clip in bench.clips},
+            "clips": {clip.id: clip.sha256 for clip in bench.clips},  # an id is <prompt>-<sample>
             "scores": scored,
         }
         found[f"{run}/{suite}"] = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

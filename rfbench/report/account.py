@@ -35,12 +35,9 @@ def summary(board: Board) -> str:
     total = sum(len(bench.clips) for bench in board.benches.values())
     trained = [row for row in board.rows if row.seeds]
     counts = sorted({len(row.seeds) for row in trained})
-    seeds = (
-        f"; {len(trained)} of them trained, with {several([str(count) for count in counts])} training seed{'s' * (counts != [1])} each"
-        if trained
-        else ""
-    )
-    text = f"{len(board.rows)} contender{'s' * (len(board.rows) > 1)} on {several(suites)}{seeds}. {total:,} clips".replace(",", " ", 0)
+    each_with = f"{' or '.join(str(count) for count in counts)} training seed{'s' * (counts != [1])} each"
+    seeds = f"; {len(trained)} of them trained, with {each_with}" if trained else ""
+    text = f"{len(board.rows)} contender{'s' * (len(board.rows) > 1)} on {several(suites)}{seeds}. {total:,} clips"
     timed = len({row for row, _ in board.timings})
     text += f" scored, {timed} contender{'s' * (timed != 1)} timed." if timed else " scored."
     return f"{text} Made by {several(_commits(board))} on {several(_machines(board))}."
@@ -114,7 +111,7 @@ def limits(board: Board, findings: Sequence[Finding]) -> list[str]:
     few = sorted({len(row.seeds) for row in board.rows if 1 < len(row.seeds) < 5})
     if few:
         found.append(
-            f"{several([str(count) for count in few])} training seeds are few: their spread is known roughly, intervals are wide where they differ."
+            f"{' or '.join(str(count) for count in few)} training seeds are few: their spread is known roughly, intervals are wide where they differ."
         )
     found.append("Intervals speak for prompts like those of the suite and for these metrics, not for other prompts or for what people would prefer.")
     judged = [finding for finding in findings if finding.value is not None]

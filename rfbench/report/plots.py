@@ -106,7 +106,7 @@ def _time_plot(board: Board, suite: str, metric: str, series: Sequence[Any], num
     axes.set_xlim(left=0)
     title = f"{label(metric).capitalize()} over time, {suite}"
     better = "higher" if board.metrics[metric].higher_is_better else "lower"
-    text = f"Means over clips in pieces of two seconds, with 95 % intervals; {better} is better."
+    text = f"Means over clips in pieces of two seconds, with 95\u00a0% intervals; {better} is better."
     return Plot(title, text, svg(figure, title, board), tuple(numbers[row.name] for row, *_ in series))
 
 
@@ -136,9 +136,9 @@ def _speed_plots(board: Board, machine: str, numbers: dict[str, int]) -> Iterato
             ends = [board.cells[row.name, machine, metric] for metric in pair]
             axes.plot([cell.value or 0.0 for cell in ends], [place, place], color=FAINT, lw=1.2, zorder=1)
             for cell, filled in zip(ends, (False, True), strict=True):
-                axes.plot([cell.low or 0.0, cell.high or 0.0], [place, place], color=colour, lw=1.6, zorder=2, gid=f"s{numbers[row.name]}")
+                axes.plot([cell.low or 0.0, cell.high or 0.0], [place, place], color=colour, lw=1.6, zorder=2)
                 face = colour if filled else "none"
-                axes.plot([cell.value or 0.0], [place], "o", ms=6, mec=colour, mfc=face, mew=1.4, zorder=3, gid=f"s{numbers[row.name]}")
+                axes.plot([cell.value or 0.0], [place], "o", ms=6, mec=colour, mfc=face, mew=1.4, zorder=3)
         axes.set_yticks(range(len(both)), [row.name for row in both])
         axes.set_ylim(len(both) - 0.5, -0.5)
         axes.set_xlim(left=0)
