@@ -1,0 +1,256 @@
+"""`rfbench reproduce`: a whole study: train, generate, score, time, report, each where it is not done yet.
+
+Everything that can be checked is checked before anything is run. The runs of contender C of study S are called `S/C`, and
+`S/C-s<seed>` where it, or the contender that it is a variant of, is trained. A recipe of the study may start from weights
+that the study trains itself: `set: {init.file: "run:S/C-s0"}`; trainings follow in the order that this asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfbench import baselines, config, evaluate, generate, profiling, records, report, suites, train
+from rfbench.baselines import Prepared
+from rfbench.config import Baseline, Contender, License, Recipe, Study, WeightsCfg
+from rfbench.errors import UserError, did_you_mean
+from rfbench.registry import pick
+from rfbench.report import claims
+from rfbench.scorers.base import SCORERS
+from rfbench.suites import Suite
+from rfbench.weights import RUN, resolve
+
+
+@dataclass(frozen=True)
+class Training:
+    """A recipe with a seed, and the names of the trainings whose weights it starts from."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    cfg: Recipe
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is generated, scored and timed under one name: a contender, or one training seed of it."""
+
+    name: str
+    baseline: str
+    overrides: tuple[str, ...]
+    suites: dict[str, Suite]  # as the study spells them
+    training: str | None
+    timed: bool  # one seed of a contender is enough: speed does not depend on the weights
+    cfg: Baseline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a study, in order."""
+
+    name: str
+    study: Study
+    trainings: tuple[Training, ...]
+    members: tuple[Member, ...]
+
+
+def reproduce(
+    study: str, *, only: Sequence[str] = (), limit: int | None = None, dry_run: bool = False, fresh: bool = False, out: Path | None = None
+) -> Path:
+    """Run what is missing of a study and write its report into `out`, else into a folder of the study's name in the reports folder.
+
+    `only` names contenders, `limit` keeps the first prompts of every suite. `fresh` starts the chosen contenders over;
+    trainings of others whose weights they need stay.
+
+    Returns:
+        the report's page.
+
+    Raises:
+        UserError: something that the study names is missing or does not fit, before any work; whatever the verbs refuse.
+    """
+    plan = plan_of(study, only, limit)
+    out = out or config.settings().reports / plan.name
+    show(plan)
+    if dry_run:
+        return out / "index.html"
+    chosen = {member.training for member in plan.members}
+    for training in plan.trainings:
+        train.train(training.recipe, training.overrides, name=training.name, fresh=fresh and training.name in chosen)
+    for member in plan.members:
+        for suite in member.suites:
+            run = generate.generate(member.baseline, suite, member.overrides, name=member.name, limit=limit, fresh=fresh)
+            evaluate.evaluate(run, plan.study.scorers)
+        if plan.study.profile is not None and member.timed:
+            asked = plan.study.profile
+            profiling.profile(
+                member.baseline,
+                member.overrides,
+                name=member.name,
+                chunks=asked.chunks,
+                repeats=asked.repeats,
+                processes=asked.processes,
+                fresh=fresh,
+            )
+    page = report.report([], study=study, out=out)
+    show(plan)
+    return page
+
+
+def plan_of(study: str, only: Sequence[str] = (), limit: int | None = None) -> Plan:
+    """Read a study and everything that it names.
+
+    Raises:
+        UserError: a missing recipe, baseline, weights, suite, scorer, contender or metric; overrides that do not fit; clips
+            that a contender cannot make; trainings that wait for each other.
+    """
+    found, name = config.load(Study, study), config.name_of(study)
+    where = f"study '{name}'"
+    contenders = {contender.name: contender for contender in found.contenders}
+    if len(contenders) < len(found.contenders):
+        raise UserError(f"{where} has two contenders of one name; rename one")
+    for chosen in only:
+        if chosen not in contenders:
+            raise UserError(f"{where} has no contender '{chosen}'{did_you_mean(chosen, contenders)}")
+    asked = {suite: suites.load_suite(suite, limit) for suite in found.suites}
+    known = [f"{scorer}.{metric}" for scorer in found.scorers for metric in pick(SCORERS, scorer, what="scorer").metrics]
+    for claim in found.claims:
+        claims.check(found, claim, known)
+    recipes = {
+        f"{name}/{contender.name}-s{seed}": (contender, seed) for contender in found.contenders if contender.recipe for seed in contender.seeds
+    }
+
+    @functools.cache
+    def training(run: str) -> Training:
+        return _training(run, *recipes[run], recipes.keys())
+
+    chosen = [contender for contender in found.contenders if not only or contender.name in only]
+    members = [member for contender in chosen for member in _members(name, contender, contenders, training, asked)]
+    return Plan(name, found, tuple(_in_order(training, [member.training for member in members if member.training])), tuple(members))
+
+
+def _training(name: str, contender: Contender, seed: int, of_study: Collection[str]) -> Training:
+    """A training of a contender that has a recipe; `of_study` are the names of all trainings of the study."""
+    assert contender.recipe is not None
+    path = config.find(Recipe, contender.recipe)
+    overrides = (*_overrides(contender), f"seed={seed}")
+    cfg = config.build(Recipe, config.load_plain(path, overrides, Recipe), where=f"training {name}")
+    train.check(cfg)
+    after = []
+    for weights in train.roles(cfg).values():
+        run = weights.file.removeprefix(RUN)
+        if run in of_study and run != weights.file:
+            after.append(run)
+        else:
+            resolve(weights, path)
+    return Training(name, contender.recipe, overrides, cfg, tuple(after))
+
+
+def _members(
+    study: str, contender: Contender, contenders: dict[str, Contender], training_of: Callable[[str], Training], asked: dict[str, Suite]
+) -> Iterator[Member]:
+    """What is run of a contender: once, or once per training seed."""
+    where = f"study '{study}', contender '{contender.name}'"
+    for suite in contender.suites or ():
+        if suite not in asked:
+            raise UserError(f"{where}: the study has no suite '{suite}'{did_you_mean(suite, asked)}")
+    own = {suite: asked[suite] for suite in contender.suites or asked}
+    chain = [contender]
+    while (of := chain[-1].of) is not None:
+        if of not in contenders or contenders[of] in chain:
+            raise UserError(f"{where}: '{chain[-1].name}' is 'of' '{of}', which {'leads back to it' if of in contenders else 'is no contender'}")
+        chain.append(contenders[of])
+    root = chain[-1]
+    overrides = tuple(text for link in reversed(chain) if link.recipe is None for text in _overrides(link))
+    if root.baseline is not None:
+        cfg = baselines.prepare(root.baseline, overrides).cfg
+        yield _checked(Member(f"{study}/{contender.name}", root.baseline, overrides, own, None, True, cfg))
+        return
+    for seed in root.seeds:
+        training = training_of(f"{study}/{root.name}-s{seed}")
+        path = config.settings().runs / "train" / training.name / "baseline.yaml"
+        cfg = config.build(Baseline, config.load_plain(config.as_plain(_baseline_of(training.cfg)), overrides, Baseline), where=where)
+        name = f"{study}/{contender.name}-s{seed}"
+        yield _checked(Member(name, str(path), overrides, own, training.name, seed == root.seeds[0], cfg))
+
+
+def _baseline_of(cfg: Recipe) -> Baseline:
+    """The settings of the baseline that a training will write."""
+    weights, licence = WeightsCfg(file="weights.safetensors"), License(code="", weights="")
+    return Baseline(cfg.title, cfg.backbone, weights, cfg.sampler, licence, max_latents=cfg.max_latents)
+
+
+def _checked(member: Member) -> Member:
+    """The same, if it can make clips as long as its suites ask for."""
+    for suite in member.suites.values():
+        Prepared(member.name, member.cfg, None).latents(suite.frames, f"suite '{suite.name}'")
+    return member
+
+
+def _overrides(contender: Contender) -> tuple[str, ...]:
+    return tuple(f"{key}={json.dumps(value)}" for key, value in contender.set.items())
+
+
+def _in_order(training_of: Callable[[str], Training], wanted: Sequence[str]) -> Iterator[Training]:
+    """The wanted trainings and those that they start from, each after what it needs.
+
+    Raises:
+        UserError: two of them wait for each other.
+    """
+    finished: dict[str, bool] = {}  # False while what it needs is looked at
+
+    def visit(name: str) -> Iterator[Training]:
+        if finished.get(name) is False:
+            raise UserError(f"training '{name}' starts from weights that are trained from its own")
+        if name not in finished:
+            finished[name] = False
+            for other in training_of(name).after:
+                yield from visit(other)
+            finished[name] = True
+            yield training_of(name)
+
+    for name in wanted:
+        yield from visit(name)
+
+
+def show(plan: Plan) -> None:
+    """A table on stderr of what is there of a study and what is not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    folder, study = config.settings().runs, plan.study
+    table = Table(title=f"study {plan.name}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("", "train", *study.suites, *(["profile"] if study.profile else [])):
+        table.add_column(column)
+    for training in plan.trainings:
+        if training.name not in {member.training for member in plan.members}:
+            table.add_row(training.name, _trained(folder / "train" / training.name, training))
+    trainings = {training.name: training for training in plan.trainings}
+    for member in plan.members:
+        cells = [_trained(folder / "train" / member.training, trainings[member.training]) if member.training else ""]
+        for suite in study.suites:
+            asked = member.suites.get(suite)
+            cells.append(_clips(folder / "bench" / member.name / asked.name, asked, study.scorers) if asked else "")
+        if study.profile:
+            there = any(records.read_run(path.parent).status == records.DONE for path in (folder / "profile" / member.name).glob("*/run.json"))
+            cells.append("done" if there else "to do" if member.timed else "")
+        table.add_row(member.name, *cells)
+    Console(stderr=True).print(table)
+
+
+def _trained(directory: Path, training: Training) -> str:
+    if not (directory / "run.json").exists():
+        return f"to do: {training.cfg.steps} steps"
+    status = records.read_run(directory).status
+    return "done" if status == records.DONE else f"{status}, {training.cfg.steps} steps"
+
+
+def _clips(directory: Path, asked: Suite, scorers: Sequence[str]) -> str:
+    there, wanted = len(records.read_clips(directory)), len(asked.prompts) * asked.samples
+    if there < wanted:
+        return f"{there} of {wanted} clips"
+    scored = sum((directory / "scores" / f"{scorer}.json").exists() for scorer in scorers)
+    return "done" if scored == len(scorers) else f"{there} clips, {scored} of {len(scorers)} scorers"
