@@ -69,8 +69,9 @@ def arrow(metric: Metric) -> str:
 
 
 def counted(findings: Sequence[Finding]) -> str:
-    """`3 reproduced, 1 contradicted, 2 inconclusive, 0 not run`."""
-    return ", ".join(f"{sum(finding.verdict == verdict for finding in findings)} {verdict}" for verdict in VERDICTS)
+    """`3 reproduced, 1 contradicted, 2 inconclusive`."""
+    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in VERDICTS}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
 
 def finding_numbers(board: Board, finding: Finding) -> tuple[float, int]:
