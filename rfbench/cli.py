@@ -192,7 +192,8 @@ def report(
     from rfbench import report as verb
 
     directories = [_run(run) for run in runs or []]
-    _print_path(verb.report(directories, study=study, out=out or config.settings().reports, record=record, check=check), as_json)
+    folder = config.settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
+    _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check), as_json)
 
 
 @app.command("list")

@@ -112,9 +112,9 @@ def plan_of(study: str, only: Sequence[str] = (), limit: int | None = None) -> P
     contenders = {contender.name: contender for contender in found.contenders}
     if len(contenders) < len(found.contenders):
         raise UserError(f"{where} has two contenders of one name; rename one")
-    for chosen in only:
-        if chosen not in contenders:
-            raise UserError(f"{where} has no contender '{chosen}'{did_you_mean(chosen, contenders)}")
+    for asked_for in only:
+        if asked_for not in contenders:
+            raise UserError(f"{where} has no contender '{asked_for}'{did_you_mean(asked_for, contenders)}")
     asked = {suite: suites.load_suite(suite, limit) for suite in found.suites}
     known = [f"{scorer}.{metric}" for scorer in found.scorers for metric in pick(SCORERS, scorer, what="scorer").metrics]
     for claim in found.claims:

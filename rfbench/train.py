@@ -26,7 +26,7 @@ from rfbench.methods.base import METHODS, Batch, Method
 from rfbench.methods.redmd import effective_share
 from rfbench.progress import Progress
 from rfbench.registry import pick
-from rfbench.weights import Ema, read_tensors, resolve, save
+from rfbench.weights import Ema, read_file, resolve, save
 
 KEPT = 2  # checkpoints; the older one is there in case the newer one's disk goes bad
 
@@ -221,7 +221,7 @@ class Trainer:
         found = sorted((self.directory / "checkpoints").glob("step_*.pt"))
         if not found:
             return
-        state = read_tensors(found[-1], WeightsCfg(file=found[-1].name))
+        state = read_file(found[-1])
         self.step, self.updates = int(state["step"]), dict(state["updates"])
         self.rng.set_state(state["rng"])
         for role, module in self.method.modules.items():
@@ -298,5 +298,6 @@ def _optimisers(module: nn.Module, cfg: OptimCfg) -> list[torch.optim.Optimizer]
 
 def _keep_rows(log: Path, step: int) -> None:
     """Drop log rows of steps that are about to be taken again."""
-    rows = [row for row in records.read_rows(log, dict) if row["step"] <= step]
+    everything: list[dict[str, Any]] = records.read_rows(log, dict[str, Any])
+    rows = [row for row in everything if row["step"] <= step]
     records.write_text(log, "".join(records.canonical(row) + "\n" for row in rows))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,20 +44,29 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
     return path
 
 
+def read_file(path: Path) -> Any:
+    """What a checkpoint file holds, without executing anything in it.
+
+    Raises:
+        UserError: the file is corrupt, or holds more than tensors and plain values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+        problem = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint ({problem}); restore the file or fetch it again") from None
+
+
 def read_tensors(path: Path, cfg: WeightsCfg) -> dict[str, Tensor]:
     """The tensors of a checkpoint by the model's own names.
 
     Raises:
         UserError: the file is corrupt, holds more than tensors, lacks `key`, or a name lacks the prefix `strip`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
-        problem = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is not a readable checkpoint ({problem}); restore the file or fetch it again") from None
+    loaded = read_file(path)
     if cfg.key is not None and isinstance(loaded, dict):
         if cfg.key not in loaded:
             raise UserError(f"{path} has no entry '{cfg.key}'; it has {', '.join(sorted(map(str, loaded))[:6])}")

@@ -57,6 +57,10 @@ class ToyText(nn.Module):
 class Autoencoder(nn.Module):
     """Fixed linear video autoencoder; see the module's docstring."""
 
+    encode_PC: Tensor
+    decode_QP: Tensor
+    scale_C: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         values = 3 * TEMPORAL * PATCH**2
@@ -166,7 +170,8 @@ class ToyBackbone(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv3d):
                 fan_in = module.weight[0].numel()
                 nn.init.normal_(module.weight, std=fan_in**-0.5, generator=rng)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, generator=rng)
         for parameter in self.parameters():

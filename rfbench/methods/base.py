@@ -66,4 +66,3 @@ class Method(Protocol):
 
     def losses(self, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of each module in `turns`, mean over the batch, and per-clip statistics [B] to log."""
-

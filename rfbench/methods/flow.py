@@ -36,5 +36,3 @@ class FlowMatching:
         flow = self.backbone.denoiser(add_noise(x0, noise, sigma_B1), 1000 * sigma_B1, text)
         error_B = (flow - (noise - x0)).square().flatten(1).mean(1)
         return {"generator": error_B.mean()}, {"loss": error_B.detach()}
-
-

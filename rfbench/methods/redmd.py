@@ -32,5 +32,3 @@ class ReDmd(Dmd):
 def effective_share(weight_B: Tensor) -> float:
     """Kish's effective sample size of the weights over their number: 1 when all are equal, 1 / B when one has it all."""
     return float(weight_B.sum() ** 2 / (len(weight_B) * weight_B.square().sum()))
-
-

@@ -163,9 +163,7 @@ class WanDiT(nn.Module):
         embedded = self.text_embedding(text_BLE)
         return [block.cross_attn.keys_values(embedded) for block in cast(Iterable[Block], self.blocks)]
 
-    def forward(
-        self, x_BFCHW: Tensor, t_BF: Tensor, text: Tensor | TextKV, *, cache: KVCache | None = None, mask_SS: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BFCHW: Tensor, t_BF: Tensor, text: Tensor | TextKV, *, cache: KVCache | None = None, mask_SS: Tensor | None = None) -> Tensor:
         """Predict the flow of each frame.
 
         Args:
