@@ -62,7 +62,7 @@ def test_products_depend_on_distance_alone(first: int, second: int, shift: int) 
     def product(a: int, b: int) -> float:
         return float((rotate(q, rotations((a,), 1, 1, 24, CPU)) * rotate(k, rotations((b,), 1, 1, 24, CPU))).sum())
 
-    assert abs(product(first, second) - product(first + shift, second + shift)) < 2e-5
+    assert abs(product(first, second) - product(first + shift, second + shift)) < 1e-4
 
 
 def test_rotation_keeps_the_dtype_and_does_its_work_in_float32() -> None:

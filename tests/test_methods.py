@@ -239,8 +239,8 @@ def test_nothing_is_to_be_learnt_from_a_critic_that_agrees_with_the_teacher() ->
     method = Dmd(replace(DMD, scores=replace(SCORES, guidance=1.0)), Tiny(), Tiny(seed=1))
     losses, stats = method.losses(BATCH, ("generator", "critic"))
     losses["generator"].backward()
-    assert float(losses["generator"]) == 0 and not gradients(method.modules["generator"]).any()
-    assert float(losses["critic"]) > 0.1 and not stats["matching_gradient"].any()
+    assert losses["generator"].item() == 0 and not gradients(method.modules["generator"]).any()
+    assert losses["critic"].item() > 0.1 and not stats["matching_gradient"].any()
 
 
 def test_each_loss_reaches_its_own_module_alone() -> None:
