@@ -211,8 +211,8 @@ class Trainer:
             "optims": {role: [optim.state_dict() for optim in optimisers] for role, (_, optimisers) in self.optims.items()},
             "ema": None if self.ema is None else self.ema.average,
         }
-        with records.atomic(folder / f"step_{self.step:06d}.pt") as temporary:
-            torch.save(state, temporary)
+        with records.atomic(folder / f"step_{self.step:06d}.pt") as temporary, temporary.open("wb") as file:
+            torch.save(state, file)  # given a path, it would write the temporary name into the archive
         for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
             old.unlink()
 
