@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported anywhere: tests run side by side, and a process that has used its threads must not fork
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, and who has used threads must not fork
 
 import hypothesis
 import pytest
