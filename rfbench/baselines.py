@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rfbench import config, records
+from rfbench import config, records, strict
 from rfbench.backbones.base import Backbone, latent_frames, load, open_backbone, pixel_frames
 from rfbench.config import Baseline
 from rfbench.errors import UserError
@@ -34,7 +34,7 @@ class Prepared:
 
     def inputs(self) -> dict[str, Any]:
         """What of a baseline is a declared input of a run. The commit that trained it is not: the weights' hash says more."""
-        plain = config.as_plain(self.cfg)
+        plain = strict.as_plain(self.cfg)
         plain["trained_by"].pop("code", None)
         return {"baseline": plain, "weights_sha256": self.weights_sha256}
 
@@ -70,7 +70,7 @@ def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = 
         UserError: it does not exist, a key is wrong, or its weights are missing or altered.
     """
     path = config.find(Baseline, baseline)
-    cfg = config.build(Baseline, config.load_plain(path, list(overrides), Baseline), where=baseline)
+    cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)
     if name is None:
         called = config.name_of(baseline)
         name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rfbench import attention, baselines, config, provenance, records, sampler, suites, video
+from rfbench import attention, baselines, config, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import Backbone
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
@@ -55,7 +55,7 @@ def generate(
     items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
     mine = items if shard is None else suites.shard(items, shard)
     directory = config.settings().runs / "bench" / ready.name / asked.name
-    inputs = ready.inputs() | {"suite": config.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
+    inputs = ready.inputs() | {"suite": strict.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
     if dry_run:
         say(f"{len(mine)} clips of {asked.frames} frames, {len(records.read_clips(directory))} rows are there")
         return directory

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfbench import baselines, config, evaluate, generate, profiling, records, report, suites, train
+from rfbench import baselines, config, evaluate, generate, profiling, records, report, strict, suites, train
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, Contender, License, Recipe, Study, WeightsCfg
 from rfbench.errors import UserError, did_you_mean
@@ -137,7 +137,7 @@ def _training(name: str, contender: Contender, seed: int, of_study: Collection[s
     assert contender.recipe is not None
     path = config.find(Recipe, contender.recipe)
     overrides = (*_overrides(contender), f"seed={seed}")
-    cfg = config.build(Recipe, config.load_plain(path, overrides, Recipe), where=f"training {name}")
+    cfg = strict.build(Recipe, strict.load_plain(path, overrides, Recipe), where=f"training {name}")
     train.check(cfg)
     after = []
     for weights in train.roles(cfg).values():
@@ -172,7 +172,7 @@ def _members(
     for seed in root.seeds:
         training = training_of(f"{study}/{root.name}-s{seed}")
         path = config.settings().runs / "train" / training.name / "baseline.yaml"
-        cfg = config.build(Baseline, config.load_plain(config.as_plain(_baseline_of(training.cfg)), overrides, Baseline), where=where)
+        cfg = strict.build(Baseline, strict.load_plain(strict.as_plain(_baseline_of(training.cfg)), overrides, Baseline), where=where)
         name = f"{study}/{contender.name}-s{seed}"
         yield _checked(Member(name, str(path), overrides, own, training.name, seed == root.seeds[0], cfg))
 

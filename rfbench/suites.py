@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rfbench.config import as_plain, build
 from rfbench.errors import UserError, did_you_mean
 from rfbench.records import fingerprint
+from rfbench.strict import as_plain, build
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 LONGEST = 2000  # characters of a prompt

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, provenance, records
+from rfbench import config, provenance, records, strict
 from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
 from rfbench.config import OptimCfg, Recipe, WeightsCfg
 from rfbench.data import OdePairs, draw_clips
@@ -41,12 +41,12 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
         UserError: the recipe is wrong, its weights are missing, the directory holds another run, or the loss is not finite (code 1).
     """
     path = config.find(Recipe, recipe)
-    cfg = config.build(Recipe, config.load_plain(path, list(overrides), Recipe), where=recipe)
+    cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
     check(cfg)
     name = name or recipe_name(recipe)
     directory = config.settings().runs / "train" / name
     sources = {role: resolve(weights, path) for role, weights in roles(cfg).items()}
-    inputs = {"recipe": config.as_plain(cfg), "weights": {role: records.sha256_of(file) for role, file in sources.items()}}
+    inputs = {"recipe": strict.as_plain(cfg), "weights": {role: records.sha256_of(file) for role, file in sources.items()}}
     if dry_run:
         return directory
     with provenance.session(directory, "train", name, inputs, fresh=fresh) as run:
@@ -256,7 +256,7 @@ def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, A
         saw=(f"reward.{cfg.reward.name}",) if cfg.reward else (),
         trained_by={"run": name, "fingerprint": fingerprint, "seed": cfg.seed, "code": recorded.get("code")},
     )
-    plain = {key: value for key, value in config.as_plain(trained).items() if value not in (None, [], {})}
+    plain = {key: value for key, value in strict.as_plain(trained).items() if value not in (None, [], {})}
     records.write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rfbench
-from rfbench import config
+from rfbench import config, strict
 from rfbench.config import Baseline, CacheCfg, Recipe, SettingsFile, Study
 from rfbench.errors import UserError
 
@@ -66,7 +66,7 @@ def test_something_ships():
 @FILES
 def test_a_shipped_file_loads_and_survives_being_written_out(kind, name):
     noun = config.load(kind, name)
-    assert config.build(kind, config.as_plain(noun), where=name) == noun
+    assert strict.build(kind, strict.as_plain(noun), where=name) == noun
 
 
 @FILES
@@ -81,7 +81,7 @@ def test_an_unknown_key_is_refused_wherever_it_stands(kind, name):
             here = here[key]
         here["surprise"] = 1
         with pytest.raises(UserError, match="unknown key 'surprise'"):
-            config.build(kind, plain, where=name)
+            strict.build(kind, plain, where=name)
 
 
 @FILES

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rfbench import config, records, report
+from rfbench import config, records, report, strict
 from rfbench.config import Study
 from rfbench.errors import UserError
 from rfbench.report import claims, evidence, film, leaderboard, plots, tables
@@ -343,7 +343,7 @@ def test_rows_of_a_study_follow_its_recipes_seeds() -> None:
         {"name": "d", "of": "c"},
         {"name": "e", "of": "a"},
     ]
-    study = config.build(Study, STUDY | {"contenders": contenders, "claims": []}, where="study")
+    study = strict.build(Study, STUDY | {"contenders": contenders, "claims": []}, where="study")
     rows = {row.name: row for row in leaderboard.study_rows(study, "s")}
     assert {name: row.runs for name, row in rows.items()} == {
         **{"a": ("s/a",), "b": ("s/b-s3", "s/b-s5"), "c": ("s/c-s3", "s/c-s5")},
@@ -353,7 +353,7 @@ def test_rows_of_a_study_follow_its_recipes_seeds() -> None:
     assert rows["c"].note == "b with sampler.shift = 3.0"
     for broken in ([{"name": "a", "of": "z"}], [{"name": "a", "of": "b"}, {"name": "b", "of": "a"}], [contenders[0], contenders[0]]):
         with pytest.raises(UserError):
-            leaderboard.study_rows(config.build(Study, STUDY | {"contenders": broken, "claims": []}, where="study"), "s")
+            leaderboard.study_rows(strict.build(Study, STUDY | {"contenders": broken, "claims": []}, where="study"), "s")
 
 
 class Page(html.parser.HTMLParser):

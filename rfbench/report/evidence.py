@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import records
-from rfbench.config import Baseline, build
+from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import Chunk, Clip, Run, Score
 from rfbench.scorers.base import Metric, verify_video
+from rfbench.strict import build
 
 TIMINGS = {
     "dit_fps": Metric(True, "FPS", "Frames of a chunk over the median time of its steps and its context pass, from chunk 3 on; no decoding."),
