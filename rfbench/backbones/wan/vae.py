@@ -1,0 +1,357 @@
+"""The Wan2.1 video autoencoder as a stream: pixels -> latents and latents -> pixels, in chunks of any size, in constant memory.
+
+Time is causal. The first pixel frame is a latent frame of its own, then four pixel frames make one latent frame. Every layer that
+looks back in time keeps its last input frames in a `Past`, which belongs to a stream and not to the network, so that one network serves
+any number of streams, and all frames of a chunk go through each layer together. Chunked and whole differ by rounding only.
+
+Parameter names are those of `Wan2.1_VAE.pth`. Inside, channels come last, which is how convolutions, norms and attention run fastest.
+
+Source of the semantics: Wan-Video/Wan2.1 wan/modules/vae.py, re-implemented.
+
+Shapes: B batch, T pixel frames or frames of whatever rate, F latent frames, C channels, H and W rows and columns, N frames of all clips.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rfbench.attention import attend
+from rfbench.backbones.base import TEMPORAL
+from rfbench.errors import UserError
+from rfbench.weights import load_into
+
+Past = dict[nn.Module, Tensor]  # state of a stream: by layer, the last input frames [B, K, H, W, C] that its next output needs
+AT_ONCE = 4  # latent frames that go through the network together: enough to fill a GPU, few enough for its memory
+
+# Mean and standard deviation of the latent channels, by which the diffusion model's latents are normalised.
+# fmt: off
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+# Parts of original names -> diffusers' names of them.
+DIFFUSERS = (
+    (r"^conv1\b", "quant_conv"),
+    (r"^conv2\b", "post_quant_conv"),
+    (r"coder\.conv1\b", "coder.conv_in"),
+    (r"\bhead\.0\b", "norm_out"),
+    (r"\bhead\.2\b", "conv_out"),
+    (r"\bdownsamples\b", "down_blocks"),
+    (r"\bmiddle\.0\b", "mid_block.resnets.0"),
+    (r"\bmiddle\.1\b", "mid_block.attentions.0"),
+    (r"\bmiddle\.2\b", "mid_block.resnets.1"),
+    (r"\bresidual\.0\b", "norm1"),
+    (r"\bresidual\.2\b", "conv1"),
+    (r"\bresidual\.3\b", "norm2"),
+    (r"\bresidual\.6\b", "conv2"),
+    (r"\bshortcut\b", "conv_shortcut"),
+)
+
+
+@dataclass(frozen=True)
+class VAECfg:
+    """Sizes; one entry of `dim_mult` per resolution, one of `temporal_downsample` between each two of them, from pixels to latents.
+
+    `attn_scales` adds attention where a resolution's scale is listed. The encoder counts scales from 1 at the pixels; the decoder
+    starts from 1/4 at the latents of four resolutions, although they are at 1/8, as the original does.
+    """
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    def __post_init__(self) -> None:
+        assert len(self.temporal_downsample) >= len(self.dim_mult) - 1, "temporal_downsample has an entry between each two resolutions"
+        assert 2 ** sum(self.temporal_downsample[: len(self.dim_mult) - 1]) <= TEMPORAL, "frames are encoded in groups of 4"
+        assert len(self.mean) == len(self.std) == self.z_dim, "every latent channel has a mean and a standard deviation"
+
+    @property
+    def patch(self) -> int:
+        """Pixel rows (and columns) per latent row."""
+        return int(2 ** (len(self.dim_mult) - 1))
+
+
+class Norm(nn.Module):
+    """RMS norm over the channels; `axes` is how many axes of size 1 follow the channels in the checkpoint."""
+
+    def __init__(self, dim: int, axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        width = len(self.gamma)
+        return functional.rms_norm(x_BTHWC, (width,), self.gamma.flatten(), eps=1e-24 / width)  # the original bounds the root of the sum by 1e-12
+
+
+def causal_conv(inner: int, outer: int, kernel: tuple[int, int, int], stride: int = 1) -> nn.Conv3d:
+    """A convolution that pads in space alone; what comes before in time is `causal`'s business."""
+    return nn.Conv3d(inner, outer, kernel, (stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+
+def causal(conv: nn.Conv3d, x_BTHWC: Tensor, past: Past, norm: Norm | None = None) -> Tensor:
+    """Convolve the stream's next frames, after norm and SiLU if there is a norm. A stream begins after frames of zeros.
+
+    Norm and SiLU write right behind the frames of the past, which saves a copy of the chunk.
+    """
+    keep = conv.kernel_size[0] - conv.stride[0]
+    batch, frames, *size = x_BTHWC.shape
+    whole = x_BTHWC.new_empty(batch, keep + frames, *size)
+    whole[:, :keep] = past.get(conv, 0)
+    if norm is None:
+        whole[:, keep:] = x_BTHWC
+    else:
+        torch.ops.aten.silu.out(norm(x_BTHWC), out=whole[:, keep:])
+    past[conv] = whole[:, frames:].clone()
+    return conv(whole.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of kernel size 1 as the matrix product that it is; channels are last."""
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    return functional.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU and convolution, beside a shortcut."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        first, second = causal_conv(inner, outer, (3, 3, 3)), causal_conv(outer, outer, (3, 3, 3))
+        self.residual = nn.Sequential(Norm(inner), nn.SiLU(), first, Norm(outer), nn.SiLU(), nn.Dropout(0.0), second)
+        self.shortcut = nn.Conv3d(inner, outer, 1) if inner != outer else None
+
+    def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        norm1, _, conv1, norm2, _, _, conv2 = cast(Iterable[Any], self.residual)
+        h_BTHWC = causal(conv2, causal(conv1, x_BTHWC, past, norm1), past, norm2)
+        return h_BTHWC.add_(x_BTHWC if self.shortcut is None else pointwise(self.shortcut, x_BTHWC))
+
+
+class Attention(nn.Module):
+    """Attention with one head among the pixels of a frame, beside a shortcut."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = Norm(dim, axes=2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        q, k, v = (part.flatten(0, 1).flatten(1, 2)[:, :, None] for part in pointwise(self.to_qkv, self.norm(x_BTHWC)).chunk(3, dim=-1))
+        return x_BTHWC + pointwise(self.proj, attend(q, k, v).view_as(x_BTHWC))
+
+
+class Resample(nn.Module):
+    """Half the rows and columns, or twice as many with half the channels; then or before that, if `time_conv` is there, so with the frames.
+
+    The first frame of a stream stays one frame: going down it is the past of the frame after it, going up it leaves none.
+    """
+
+    def __init__(self, dim: int, *, up: bool, in_time: bool) -> None:
+        super().__init__()
+        self.up = up
+        if up:
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        else:
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = None
+        if in_time:
+            self.time_conv = causal_conv(dim, 2 * dim, (3, 1, 1)) if up else causal_conv(dim, dim, (3, 1, 1), stride=2)
+
+    def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        if self.up:
+            return self._in_space(self._in_time(x_BTHWC, past))
+        return self._in_time(self._in_space(x_BTHWC), past)
+
+    def _in_space(self, x_BTHWC: Tensor) -> Tensor:
+        x_NCHW: Tensor = self.resample(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
+        return x_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+
+    def _in_time(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        if self.time_conv is None:
+            return x_BTHWC
+        if self.time_conv in past:
+            return self._convolve(self.time_conv, x_BTHWC, past)
+        first, rest = x_BTHWC[:, :1], x_BTHWC[:, 1:]
+        past[self.time_conv] = first.new_zeros(()) if self.up else first.clone()
+        return torch.cat([first, self._convolve(self.time_conv, rest, past)], dim=1) if rest.shape[1] else first
+
+    def _convolve(self, conv: nn.Conv3d, x_BTHWC: Tensor, past: Past) -> Tensor:
+        y_BTHWC = causal(conv, x_BTHWC, past)
+        return y_BTHWC.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2) if self.up else y_BTHWC
+
+
+class Network(nn.Module):
+    """A convolution, groups of layers, and norm, SiLU and convolution: encoder and decoder differ in the groups."""
+
+    def __init__(self, channels: tuple[int, int, int, int], **groups: list[nn.Module]) -> None:
+        """`channels` come in, leave the first convolution, enter the head and go out; `groups` are layers by their names in the checkpoint."""
+        super().__init__()
+        inner, first, last, outer = channels
+        self.conv1 = causal_conv(inner, first, (3, 3, 3))
+        self.groups = tuple(groups)
+        for name, layers in groups.items():
+            self.add_module(name, nn.ModuleList(layers))
+        self.head = nn.Sequential(Norm(last), nn.SiLU(), causal_conv(last, outer, (3, 3, 3)))
+
+    def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        x_BTHWC = causal(self.conv1, x_BTHWC, past)
+        for name in self.groups:
+            for layer in cast(Iterable[nn.Module], getattr(self, name)):
+                x_BTHWC = layer(x_BTHWC, past)
+        norm, _, conv = cast(Iterable[Any], self.head)
+        return causal(conv, x_BTHWC, past, norm)
+
+
+def level(cfg: VAECfg, inner: int, outer: int, blocks: int, scale: float) -> list[nn.Module]:
+    """The layers of one resolution."""
+    layers: list[nn.Module] = []
+    for block in range(blocks):
+        layers.append(ResidualBlock(outer if block else inner, outer))
+        if scale in cfg.attn_scales:
+            layers.append(Attention(outer))
+    return layers
+
+
+def middle(dim: int) -> list[nn.Module]:
+    """The layers at the resolution of the latents."""
+    return [ResidualBlock(dim, dim), Attention(dim), ResidualBlock(dim, dim)]
+
+
+def encoder(cfg: VAECfg) -> Network:
+    """Pixels [B, T, H, W, 3] -> mean and log variance of latents [B, F, H, W, 2 C]."""
+    layers: list[nn.Module] = []
+    width = cfg.dim
+    for number, times in enumerate(cfg.dim_mult):
+        layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks, 0.5**number)
+        if number < len(cfg.dim_mult) - 1:
+            layers.append(Resample(width, up=False, in_time=cfg.temporal_downsample[number]))
+    return Network((3, cfg.dim, width, 2 * cfg.z_dim), downsamples=layers, middle=middle(width))
+
+
+def decoder(cfg: VAECfg) -> Network:
+    """Latents [B, F, H, W, C] -> pixels [B, T, H, W, 3]."""
+    layers: list[nn.Module] = []
+    first = width = cfg.dim * cfg.dim_mult[-1]
+    last = len(cfg.dim_mult) - 1
+    for number, times in enumerate(reversed(cfg.dim_mult)):
+        layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks + 1, 0.5 ** (last - 1 - number))
+        if number < last:
+            layers.append(Resample(width, up=True, in_time=cfg.temporal_downsample[last - 1 - number]))
+            width //= 2
+    return Network((cfg.z_dim, first, width, 3), middle=middle(first), upsamples=layers)
+
+
+class WanVAE(nn.Module):
+    """The weights; `WanEncoder` and `WanDecoder` are streams through them."""
+
+    def __init__(self, cfg: VAECfg) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = encoder(cfg), decoder(cfg)
+        self.conv1, self.conv2 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1), nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
+        """Take the weights of `Wan2.1_VAE.pth` or of diffusers' AutoencoderKLWan, strictly; `where` names them in errors.
+
+        Raises:
+            UserError: they are of another model.
+        """
+        if "decoder.conv_in.weight" in tensors:
+            original = {theirs: ours for ours, theirs in diffusers_names(self.cfg).items()}
+            tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
+        load_into(self, tensors, where=where)
+
+    def latent_scale(self, device: torch.device) -> Tensor:
+        """Mean and standard deviation of the latent channels, in float32 whatever the dtype of the weights: [2, C]."""
+        return torch.tensor((self.cfg.mean, self.cfg.std), dtype=torch.float32, device=device)
+
+
+class WanDecoder:
+    """Streaming state of a batch of clips being decoded: a `Decoder` of `rfbench.backbones.base`."""
+
+    approximate = False
+
+    def __init__(self, vae: WanVAE) -> None:
+        self.vae = vae
+        self.past: Past = {}
+
+    @torch.no_grad()
+    def __call__(self, latent_BFCHW: Tensor) -> Tensor:
+        """Pixels [B, T, 3, H, W] of the next frames' normalised latents, in float32 within [-1, 1], whatever the dtype of the weights."""
+        mean, std = self.vae.latent_scale(latent_BFCHW.device)
+        z_BFHWC = latent_BFCHW.float().permute(0, 1, 3, 4, 2) * std + mean
+        parts = [self._decode(part) for part in z_BFHWC.to(self.vae.conv2.weight.dtype).split(AT_ONCE, dim=1)]
+        return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
+
+    def _decode(self, z_BFHWC: Tensor) -> Tensor:
+        pixel_BTHWC: Tensor = self.vae.decoder(pointwise(self.vae.conv2, z_BFHWC), self.past)
+        return pixel_BTHWC.float().clamp_(-1, 1)
+
+
+class WanEncoder:
+    """Streaming state of a batch of clips being encoded: the networks' past and the pixel frames that do not fill a latent frame yet."""
+
+    def __init__(self, vae: WanVAE) -> None:
+        self.vae = vae
+        self.past: Past = {}
+        self.waiting_BTHWC: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, pixel_BTCHW: Tensor) -> Tensor:
+        """Normalised latents [B, F, C, H, W], in float32, of what the next pixel frames in [-1, 1] complete; F may be 0.
+
+        Groups of 1, 4, 4, ... pixel frames are encoded; frames that do not fill a group wait for the next call, so those at the end are dropped.
+
+        Raises:
+            UserError: rows or columns are no whole number of latents.
+        """
+        cfg = self.vae.cfg
+        height, width = pixel_BTCHW.shape[-2:]
+        if height % cfg.patch or width % cfg.patch:
+            raise UserError(f"video of {width} x {height} pixels cannot be encoded: both must be multiples of {cfg.patch}; crop or resize it")
+        x_BTHWC = pixel_BTCHW.permute(0, 1, 3, 4, 2).to(self.vae.conv1.weight.dtype)
+        if self.waiting_BTHWC is not None:
+            x_BTHWC = torch.cat([self.waiting_BTHWC, x_BTHWC], dim=1)
+        ahead = 0 if self.past else TEMPORAL - 1  # frames that the first group lacks
+        ready = max(0, (x_BTHWC.shape[1] + ahead) // TEMPORAL * TEMPORAL - ahead)
+        self.waiting_BTHWC = x_BTHWC[:, ready:].clone()
+        if not ready:
+            return pixel_BTCHW.new_empty(len(x_BTHWC), 0, cfg.z_dim, height // cfg.patch, width // cfg.patch, dtype=torch.float32)
+        step = AT_ONCE * TEMPORAL
+        parts = x_BTHWC[:, :ready].tensor_split(tuple(range(step - ahead, ready, step)), dim=1)
+        mean_BFHWC = torch.cat([self._encode(part) for part in parts], dim=1)
+        mean, std = self.vae.latent_scale(mean_BFHWC.device)
+        return ((mean_BFHWC - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+
+    def _encode(self, x_BTHWC: Tensor) -> Tensor:
+        moments = pointwise(self.vae.conv1, self.vae.encoder(x_BTHWC, self.past))
+        return moments[..., : self.vae.cfg.z_dim].float()
+
+
+def diffusers_names(cfg: VAECfg) -> dict[str, str]:
+    """Every tensor of `WanVAE(cfg)`: its original name -> its name in diffusers' AutoencoderKLWan, whose decoder knows no `attn_scales`."""
+    assert not cfg.attn_scales, "diffusers' decoder has attention at the smallest resolution alone"
+    with torch.device("meta"):
+        originals = WanVAE(cfg).state_dict()
+    return {name: _diffusers_name(name, cfg.num_res_blocks + 1) for name in originals}
+
+
+def _diffusers_name(name: str, blocks: int) -> str:
+    """diffusers groups the decoder's layers by resolution, `blocks` of them and a resampling each, and leaves the encoder's in one row."""
+    if found := re.match(r"decoder\.upsamples\.(\d+)\.", name):
+        group, layer = divmod(int(found[1]), blocks + 1)
+        name = f"decoder.up_blocks.{group}.{'upsamplers.0' if layer == blocks else f'resnets.{layer}'}.{name[found.end() :]}"
+    for original, theirs in DIFFUSERS:
+        name = re.sub(original, theirs, name)
+    return name
