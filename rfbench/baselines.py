@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rfbench import config, records, strict
+from rfbench import config, strict
 from rfbench.backbones.base import Backbone, latent_frames, load, open_backbone, pixel_frames
 from rfbench.config import Baseline
 from rfbench.errors import UserError
-from rfbench.weights import resolve
+from rfbench.weights import identity, resolve
 
 RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
 
@@ -30,7 +30,7 @@ class Prepared:
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        return RANDOM if self.weights is None else self.cfg.weights.sha256 or records.sha256_of(self.weights)
+        return RANDOM if self.weights is None else identity(self.weights, self.cfg.weights)
 
     def inputs(self) -> dict[str, Any]:
         """What of a baseline is a declared input of a run. The commit that trained it is not: the weights' hash says more."""
@@ -69,6 +69,7 @@ def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = 
     Raises:
         UserError: it does not exist, a key is wrong, or its weights are missing or altered.
     """
+    baseline = config.whole_name(Baseline, baseline)
     path = config.find(Baseline, baseline)
     cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)
     if name is None:

@@ -70,25 +70,42 @@ class SamplerCfg:
 
 
 @dataclass(frozen=True)
-class WeightsCfg:
-    """Where the denoiser's tensors lie. A relative `file` is looked up beside the YAML file that names it, then in the
-    weights directory of rfbench.toml; `repo` is a Hugging Face repository that `rfbench fetch` takes it from."""
+class LoraCfg:
+    """A LoRA adapter, in PEFT's layout, that is merged into the checkpoint beside it: W + alpha / rank B A."""
 
-    file: str
-    repo: str | None = None
-    key: str | None = None  # entry of a nested .pt file
-    strip: str = ""  # prefix that every tensor name carries
+    file: str  # in the same repository
+    rank: int
+    alpha: float
+    key: str | None = None
+    bytes: int | None = None
     sha256: str | None = None
 
 
 @dataclass(frozen=True)
+class WeightsCfg:
+    """Where the denoiser's tensors lie. `file` is a file, a folder (diffusers) or a pattern (`model-*.safetensors`); a relative
+    one is looked up beside the YAML file that names it, then in the weights directory of rfbench.toml, where every Hugging Face
+    repository has a folder of its own."""
+
+    file: str
+    repo: str | None = None  # Hugging Face repository that `file` comes from
+    revision: str | None = None  # its commit
+    bytes: int | None = None  # size, of all files together
+    key: str | None = None  # entry of a nested .pt file
+    strip: str = ""  # prefix that every tensor name carries, once the wrappers of FSDP, checkpointing and compiling are off
+    sha256: str | None = None  # of the file; of several files, of their names and hashes (`weights.sha256_of`)
+    lora: LoraCfg | None = None
+
+
+@dataclass(frozen=True)
 class Reported:
-    """A number that somebody printed."""
+    """A number that somebody printed. Sources that contradict each other are rows side by side."""
 
     metric: str
     value: float
-    source: str
-    note: str = ""
+    source: str  # where it is printed
+    by: str  # who measured it
+    note: str = ""  # protocol: prompts, hardware, what is counted
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,7 @@ class Baseline:
     sampler: SamplerCfg
     license: License
     paper: str | None = None
+    code: str | None = None  # the authors': GitHub repository@commit
     max_latents: int | None = None  # longest clip that it can make; None is any length
     saw: tuple[str, ...] = ()  # metrics that were optimised in training
     trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
@@ -348,21 +366,36 @@ def name_of(name_or_path: str) -> str:
     return Path(name_or_path).stem if name_or_path.endswith((".yaml", ".yml")) else name_or_path
 
 
-def find(kind: type, name: str) -> Path:
-    """The YAML file of a name (`toy/teacher`) or path.
+def whole_name(kind: type, name: str) -> str:
+    """The name of a shipped file that is given by it or by its last part: `self-forcing` is `wan/self-forcing` if no other ends so.
+
+    A path comes back as it is.
 
     Raises:
-        UserError: there is no such file.
+        UserError: no name or several end so.
     """
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"{kind.__name__.lower()} {name}: there is no such file")
-        return path.resolve()
     known = names_of(kind)
-    if name not in known:
+    if name in known or name.endswith((".yaml", ".yml")):
+        return name
+    ending = [whole for whole in known if whole.endswith(f"/{name}")]
+    if not ending:
         raise UserError(f"there is no {kind.__name__.lower()} '{name}'{did_you_mean(name, known)}")
-    return known[name]
+    if len(ending) > 1:
+        raise UserError(f"{kind.__name__.lower()} '{name}' can be {' or '.join(ending)}; write the whole name")
+    return ending[0]
+
+
+def find(kind: type, name: str) -> Path:
+    """The YAML file of a name (`toy/teacher`, or its last part where that is enough) or path.
+
+    Raises:
+        UserError: there is no such file, or several names end so.
+    """
+    whole = whole_name(kind, name)
+    path = names_of(kind).get(whole, Path(whole))
+    if not path.is_file():
+        raise UserError(f"{kind.__name__.lower()} {name}: there is no such file")
+    return path.resolve()
 
 
 def load(kind: type[Noun], name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Noun:

@@ -10,7 +10,6 @@ scorer may look at all clips together.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +58,7 @@ def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], 
         "version": scorer.version,
         "metrics": {name: dataclasses.asdict(metric) for name, metric in scorer.metrics.items()},
         "clips": len(clips),
-        "clips_sha256": clips_sha256(clips),
+        "clips_sha256": records.clips_sha256(clips),
         **about,
     }
     if not fresh and note.exists() and rows.exists():
@@ -85,11 +84,6 @@ def _told(scores: Iterable[Score], progress: Progress) -> Iterator[Score]:
             seen.add(score.clip)
             progress.advance()
         yield score
-
-
-def clips_sha256(clips: Sequence[Clip]) -> str:
-    """Identity of a set of videos: which bytes under which clip id."""
-    return hashlib.sha256(records.canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
 
 
 def check(scores: Sequence[Score], clips: Sequence[Clip], scorer: Scorer) -> None:

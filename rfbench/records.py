@@ -208,6 +208,11 @@ def read_clips(directory: Path) -> list[Clip]:
     return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
 
 
+def clips_sha256(clips: Iterable[Clip]) -> str:
+    """Identity of a set of videos: which bytes under which clip id."""
+    return hashlib.sha256(canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
+
+
 def clip_files(directory: Path) -> list[Path]:
     """The files that hold clip rows: that of a lone writer and those of shards."""
     return sorted(directory.glob("clips*.jsonl"))

@@ -15,6 +15,8 @@ from rfbench import world
 
 Reward = Callable[[Tensor, list[str]], Tensor]  # pixels [B, T, 3, H, W] in [-1, 1], prompts -> [B]
 REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion"}
+# Metrics of the scorers that judge what a reward judges: whoever was trained on it saw them, and their cells are marked.
+JUDGED: dict[str, tuple[str, ...]] = {"toy_motion": ("motion.speed", "motion.dynamic_degree", "motion.motion_smoothness")}
 SPEED_UNIT = 0.25  # px per frame that are worth one point: about the mean and the spread of open speeds
 JITTER_UNIT = 0.2  # px of mean second difference that cost one point
 SPAN = 8  # frames that speed is measured over: what trembles gets nowhere in half a second

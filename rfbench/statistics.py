@@ -176,6 +176,57 @@ def student(freedom: float, level: float) -> float:
     return float(math.sqrt(freedom) * math.tan(np.interp(level, within / within[-1], angle)))
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The typical ratio of two paired timings and its 95 % interval; without `low` and `high`, `why` says what the interval lacks."""
+
+    value: float
+    low: float | None
+    high: float | None
+    rounds: int
+    processes: int
+    why: str = ""
+
+
+def ratio(better: Sequence[Sequence[float]], than: Sequence[Sequence[float]]) -> Ratio:
+    """The median of `better / than` over rounds in which both were timed; one sequence per process, in the same order of rounds.
+
+    Rounds of one process are alike in more than the two contenders (where memory lies, which core it got), so with enough
+    processes the interval is that of their medians. With fewer it reaches over the intervals of all processes: what it says
+    holds in each of them, but nothing is known of another start.
+
+    Raises:
+        ValueError: the two do not have the same rounds, or a value is not positive.
+    """
+    if not better or [len(own) for own in better] != [len(own) for own in than] or not all(better):
+        raise ValueError("a ratio needs rounds in which both were timed")
+    if not all(0 < value < math.inf for own in (*better, *than) for value in own):
+        raise ValueError("a ratio needs positive values")
+    ratios = [[a / b for a, b in zip(own, other, strict=True)] for own, other in zip(better, than, strict=True)]
+    medians = [float(np.median(own)) for own in ratios]
+    value, rounds = float(np.median(medians)), sum(map(len, ratios))
+    over_processes = order_interval(medians)
+    intervals = [over_processes] if over_processes else [order_interval(own) for own in ratios]
+    ends = [end for interval in intervals if interval for end in interval]
+    if len(ends) < 2 * len(intervals):
+        fewest = min(map(len, ratios))
+        return Ratio(value, None, None, rounds, len(ratios), f"{fewest} round{'s' * (fewest > 1)} in a process, the least is {FEWEST_ALIKE}")
+    return Ratio(value, min(ends), max(ends), rounds, len(ratios))
+
+
+def order_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The shortest interval between two values, equally far from either end, that holds the median with at least 95 %.
+
+    It assumes nothing of the distribution: the median lies below the k-th smallest of n values exactly when fewer than k of
+    n fair coins fall heads. None for fewer than 6 values, whose whole range does not hold it often enough.
+    """
+    n = len(values)
+    tails = np.cumsum([math.comb(n, heads) for heads in range(n + 1)]) / 2.0**n  # P(at most so many heads)
+    outside = int(np.searchsorted(2 * tails, 1 - LEVEL, side="right"))  # how many values may be left out at either end
+    inner = sorted(values)[outside - 1 : n - outside + 1] if outside else []
+    return (inner[0], inner[-1]) if inner else None
+
+
 def detectable(of: Interval) -> float | None:
     """The smallest true difference that a repetition with as much noise would tell from none with a probability of 80 %."""
     if of.low is None or of.error == 0:

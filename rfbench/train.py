@@ -26,7 +26,8 @@ from rfbench.methods.base import METHODS, Batch, Method
 from rfbench.methods.redmd import effective_share
 from rfbench.progress import Progress
 from rfbench.registry import pick
-from rfbench.weights import Ema, read_file, resolve, save
+from rfbench.reward import JUDGED
+from rfbench.weights import Ema, identity, read_file, resolve, save
 
 KEPT = 2  # checkpoints; the older one is there in case the newer one's disk goes bad
 
@@ -40,13 +41,14 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
     Raises:
         UserError: the recipe is wrong, its weights are missing, the directory holds another run, or the loss is not finite (code 1).
     """
+    recipe = config.whole_name(Recipe, recipe)
     path = config.find(Recipe, recipe)
     cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
     check(cfg)
-    name = name or recipe_name(recipe)
+    name = name or config.name_of(recipe)
     directory = config.settings().runs / "train" / name
     sources = {role: resolve(weights, path) for role, weights in roles(cfg).items()}
-    inputs = {"recipe": strict.as_plain(cfg), "weights": {role: records.sha256_of(file) for role, file in sources.items()}}
+    inputs = {"recipe": strict.as_plain(cfg), "weights": {role: identity(sources[role], weights) for role, weights in roles(cfg).items()}}
     if dry_run:
         return directory
     with provenance.session(directory, "train", name, inputs, fresh=fresh) as run:
@@ -56,11 +58,6 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
             run.record(threads=torch.get_num_threads())
             run.result.update(Trainer(cfg, directory, sources).run(run.run.recorded, run.run.fingerprint, name))
     return directory
-
-
-def recipe_name(recipe: str) -> str:
-    """The directory name of a recipe that was given by name or by path."""
-    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
 def roles(cfg: Recipe) -> dict[str, WeightsCfg]:
@@ -253,7 +250,7 @@ def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, A
         sampler=cfg.sampler,
         license=config.License(code="apache-2.0", weights="apache-2.0"),
         max_latents=cfg.max_latents,
-        saw=(f"reward.{cfg.reward.name}",) if cfg.reward else (),
+        saw=(f"reward.{cfg.reward.name}", *JUDGED.get(cfg.reward.name, ())) if cfg.reward else (),
         trained_by={"run": name, "fingerprint": fingerprint, "seed": cfg.seed, "code": recorded.get("code")},
     )
     plain = {key: value for key, value in strict.as_plain(trained).items() if value not in (None, [], {})}

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from rfbench import records, world
-from rfbench.evaluate import clips_sha256
-from rfbench.records import Chunk, Clip, Run, Score
+from rfbench.records import Chunk, Clip, Run, Score, clips_sha256
 from rfbench.suites import clip_id, clip_seed
 from rfbench.video import Frames, writing
 

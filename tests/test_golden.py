@@ -1,7 +1,7 @@
 """The golden vectors of the public reference code: every case of a folder, configured from the case's own JSON.
 
 RFBENCH_GOLDEN names the folder (default: tests/golden, whose README says what lies there), so that cases nobody saw can be run. Cases of other
-kinds than A to D are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
+kinds than A to E are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
 
 The reference writes to its cache in place, which routes gradients through cached keys and values (D-34). Here cached keys and
 values never carry gradients, so parameter gradients are compared with the reference's `grad_detached_cache.*`; `grad.*` of
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rfbench.backbones.base import Decoder
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT, block_causal_mask
+from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.cache import CacheShape, KVCache
 from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, SamplerCfg, ScoreCfg, WeightsCfg
 from rfbench.methods.dmd import Dmd, matching_gradient, matching_loss, score_timesteps
@@ -95,13 +96,13 @@ def cases(kind: str) -> list[Any]:
     return found
 
 
-KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent")
+KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent", "E")
 
 
 def test_every_case_is_run_once() -> None:
     run = [parameter.id for kind in KINDS for parameter in cases(kind)]
     known = [path.stem for path in FOLDER.rglob("*.json") if path.parent.name not in ("keys", "weights")]
-    others = [path.stem for path in FOLDER.rglob("*.json") if json.loads(path.read_text(encoding="utf-8")).get("case") in ("E", "F", "G")]
+    others = [path.stem for path in FOLDER.rglob("*.json") if json.loads(path.read_text(encoding="utf-8")).get("case") in ("F", "G")]
     assert run
     assert sorted(run) == sorted(set(known) - set(others))
 
@@ -415,3 +416,28 @@ def test_ode_regression(path: Path) -> None:
     case.compare("out.loss", loss.detach())
     case.compare_gradients("grad", model)
     case.check()
+
+
+@pytest.mark.parametrize("path", cases(KINDS[7]))
+def test_video_autoencoder(path: Path) -> None:
+    case = read(path)
+    about, (mean, std) = case.about["config"], (case[f"scale.{name}"] for name in ("mean", "std"))
+    mult, scales, downsample = (tuple(about[name]) for name in ("dim_mult", "attn_scales", "temperal_downsample"))
+    cfg = VAECfg(about["dim"], about["z_dim"], mult, about["num_res_blocks"], scales, downsample, tuple(mean.tolist()), tuple(std.tolist()))
+    vae = WanVAE(cfg)
+    weights = (path.parent / case.about["weights_file"]).resolve()
+    vae.load({name: tensor.float() for name, tensor in load_file(weights).items()}, weights)
+
+    pixel, latent = case["in.pixel"].transpose(1, 2), case["in.latent"]
+    encoded = WanEncoder(vae)(pixel)
+    case.compare("out.encoded_latent", encoded)
+    case.compare("out.encoded_latent_first_frame_only", WanEncoder(vae)(pixel[:, :1]))
+    case.compare("out.encoded_mu_unscaled", encoded.transpose(1, 2) * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1))
+    case.compare("out.roundtrip", WanDecoder(vae)(encoded))
+    for chunks in (case.about["streaming_chunks"], [latent.shape[1]]):
+        decoder = WanDecoder(vae)
+        pixels = [decoder(chunk) for chunk in latent.split(chunks, dim=1)]
+        assert [part.shape[1] for part in pixels] == [4 * chunk - 3 * (not number) for number, chunk in enumerate(chunks)]
+        case.compare("out.decoded", torch.cat(pixels, dim=1))
+        assert case.distances["out.decoded"] <= TOLERANCE
+    case.check(leave_out=(r"scale\.",))

@@ -16,7 +16,7 @@ import rfbench
 PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
-    {"strict", "config", "suites", "world", "provenance", "progress", "statistics"},
+    {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
     {"attention", "cache", "schedule", "data", "weights", "video"},
     {"sampler", "backbones", "reward", "baselines"},
     {"methods", "scorers"},

@@ -6,10 +6,9 @@ cover every clip once, numbers that are not finite: each is a UserError, and wha
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,11 +136,6 @@ def read_bench(directory: Path) -> Bench:
     )
 
 
-def clips_sha256(clips: Sequence[Clip]) -> str:
-    """Identity of a set of videos as `eval` notes it: which bytes under which clip id."""
-    return hashlib.sha256(records.canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
-
-
 def scorers_of(bench: Bench) -> list[str]:
     """Names of the scorers that have been over a Bench."""
     return sorted(path.stem for path in (bench.directory / "scores").glob("*.json"))
@@ -165,7 +159,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
     ids = {clip.id for clip in bench.clips}
     if note.get("clips") != len(ids):
         raise UserError(f"{where}: scored {note.get('clips')} clips, but the run has {len(ids)}; {again}")
-    if note.get("clips_sha256") != clips_sha256(bench.clips):
+    if note.get("clips_sha256") != records.clips_sha256(bench.clips):
         raise UserError(f"{where}: the scored videos are not the ones that are there now; {again}")
     if not (folder / f"{scorer}.jsonl").exists() or note.get("rows_sha256") != records.sha256_of(folder / f"{scorer}.jsonl"):
         raise UserError(f"{where}: {scorer}.jsonl is not what the scorer wrote; {again}")
