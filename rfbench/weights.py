@@ -272,27 +272,23 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
     own = module.state_dict()
     _refuse(where, "lacks", own.keys() - tensors.keys())
     _refuse(where, "has unknown", tensors.keys() - own.keys())
-    problems: dict[str, list[str]] = {
-        "has something else for": [],
-        "has another shape of": [],
-        "has no usable numbers in": [],
-        "has NaN or infinity in": [],
-    }
-    fitting = {}
+    other, shapes, kinds, broken, fitting = [], [], [], [], {}
     for name, target in own.items():
         tensor = tensors[name]
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            problems["has something else for"].append(name)
+            other.append(name)
         elif tensor.shape != target.shape:
-            problems["has another shape of"].append(name)
+            shapes.append(name)
         elif tensor.dtype not in (FLOATS if target.dtype in FLOATS else (target.dtype,)):
-            problems["has no usable numbers in"].append(f"{name}: {tensor.dtype}")
+            kinds.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
         elif not _finite(value := tensor.to(target.dtype)):
-            problems["has NaN or infinity in"].append(name)
+            broken.append(name)
         else:
             fitting[name] = value
-    for what, names in problems.items():
-        _refuse(where, what, names)
+    _refuse(where, "has something else for", other)
+    _refuse(where, "has another shape of", shapes)
+    _refuse(where, "has another kind of number in", kinds)
+    _refuse(where, "has NaN or infinity in", broken)
     module.load_state_dict(fitting, assign=any(target.is_meta for target in own.values()))
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
