@@ -123,6 +123,17 @@ def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return functional.linear(x, conv.weight.flatten(1), conv.bias)
 
 
+def in_space(module: nn.Module, x_BTHWC: Tensor) -> Tensor:
+    """Apply a two-dimensional module to every frame."""
+    x_NCHW: Tensor = module(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
+    return x_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+
+
+def in_time(x_BTHWC: Tensor, times: int) -> Tensor:
+    """Make each frame `times` frames, the first of which is the first of as many equal parts of the channels."""
+    return x_BTHWC.unflatten(-1, (times, -1)).movedim(-2, 2).flatten(1, 2)
+
+
 class ResidualBlock(nn.Module):
     """Twice norm, SiLU and convolution, beside a shortcut."""
 
@@ -170,25 +181,22 @@ class Resample(nn.Module):
 
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
         if self.up:
-            return self._in_space(self._in_time(x_BTHWC, past))
-        return self._in_time(self._in_space(x_BTHWC), past)
+            return in_space(self.resample, self._resample_time(x_BTHWC, past))
+        return self._resample_time(in_space(self.resample, x_BTHWC), past)
 
-    def _in_space(self, x_BTHWC: Tensor) -> Tensor:
-        x_NCHW: Tensor = self.resample(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
-        return x_NCHW.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
-
-    def _in_time(self, x_BTHWC: Tensor, past: Past) -> Tensor:
-        if self.time_conv is None:
+    def _resample_time(self, x_BTHWC: Tensor, past: Past) -> Tensor:
+        conv = self.time_conv
+        if conv is None:
             return x_BTHWC
-        if self.time_conv in past:
-            return self._convolve(self.time_conv, x_BTHWC, past)
-        first, rest = x_BTHWC[:, :1], x_BTHWC[:, 1:]
-        past[self.time_conv] = first.new_zeros(()) if self.up else first.clone()
-        return torch.cat([first, self._convolve(self.time_conv, rest, past)], dim=1) if rest.shape[1] else first
-
-    def _convolve(self, conv: nn.Conv3d, x_BTHWC: Tensor, past: Past) -> Tensor:
-        y_BTHWC = causal(conv, x_BTHWC, past)
-        return y_BTHWC.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2) if self.up else y_BTHWC
+        first, rest = (x_BTHWC[:, :0], x_BTHWC) if conv in past else (x_BTHWC[:, :1], x_BTHWC[:, 1:])
+        if conv not in past:
+            past[conv] = first.new_zeros(()) if self.up else first.clone()
+        if not rest.shape[1]:
+            return first
+        rest = causal(conv, rest, past)
+        if self.up:
+            rest = in_time(rest, 2)
+        return torch.cat([first, rest], dim=1) if first.shape[1] else rest
 
 
 class Network(nn.Module):
