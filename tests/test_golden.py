@@ -1,7 +1,7 @@
 """The golden vectors of the public reference code: every case of a folder, configured from the case's own JSON.
 
 RFBENCH_GOLDEN names the folder (default: tests/golden, whose README says what lies there), so that cases nobody saw can be run. Cases of other
-kinds than A to E are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
+kinds than A to F are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
 
 The reference writes to its cache in place, which routes gradients through cached keys and values (D-34). Here cached keys and
 values never carry gradients, so parameter gradients are compared with the reference's `grad_detached_cache.*`; `grad.*` of
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rfbench.backbones.base import Decoder
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT, block_causal_mask
+from rfbench.backbones.wan.text import UMT5Cfg, embed, load_encoder
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.cache import CacheShape, KVCache
 from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, SamplerCfg, ScoreCfg, WeightsCfg
@@ -96,13 +97,13 @@ def cases(kind: str) -> list[Any]:
     return found
 
 
-KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent", "E")
+KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent", "E", "F")
 
 
 def test_every_case_is_run_once() -> None:
     run = [parameter.id for kind in KINDS for parameter in cases(kind)]
     known = [path.stem for path in FOLDER.rglob("*.json") if path.parent.name not in ("keys", "weights")]
-    others = [path.stem for path in FOLDER.rglob("*.json") if json.loads(path.read_text(encoding="utf-8")).get("case") in ("F", "G")]
+    others = [path.stem for path in FOLDER.rglob("*.json") if json.loads(path.read_text(encoding="utf-8")).get("case") == "G"]
     assert run
     assert sorted(run) == sorted(set(known) - set(others))
 
@@ -443,3 +444,20 @@ def test_video_autoencoder(path: Path) -> None:
     ]
     case.compare("out.decoded", torch.cat(pixels, dim=1))
     case.check(leave_out=(r"scale\.",))
+
+
+@pytest.mark.parametrize("path", cases(KINDS[8]))
+def test_text_encoder(path: Path) -> None:
+    """With padding masked, and each prompt by itself as it is run here."""
+    case = read(path)
+    about, ids_BL, mask_BL = case.about["config"], case["in.ids"], case["in.mask"]
+    assert not about["shared_pos"]
+    heads, head_dim = about["num_heads"], about["dim_attn"] // about["num_heads"]
+    cfg = UMT5Cfg(about["vocab"], about["dim"], head_dim, about["dim_ffn"], heads, about["num_layers"], about["num_buckets"])
+    encoder = load_encoder((path.parent / case.about["weights_file"]).resolve(), cfg, torch.float32)
+    case.compare("out.encoder_raw", encoder(ids_BL, mask_BL).last_hidden_state)
+    found_BLE = torch.zeros_like(case["out.prompt_embeds"])
+    for found_LE, ids_L, length in zip(found_BLE, ids_BL, mask_BL.sum(1).tolist(), strict=True):
+        found_LE[:length] = embed(encoder, ids_L[:length].tolist())
+    case.compare("out.prompt_embeds", found_BLE)
+    case.check()
