@@ -24,6 +24,7 @@ Shapes: S training seeds, P prompts, R bootstrap resamples, N clips. Nothing her
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -221,8 +222,8 @@ def order_interval(values: Sequence[float]) -> tuple[float, float] | None:
     n fair coins fall heads. None for fewer than 6 values, whose whole range does not hold it often enough.
     """
     n = len(values)
-    tails = np.cumsum([math.comb(n, heads) for heads in range(n + 1)]) / 2.0**n  # P(at most so many heads)
-    outside = int(np.searchsorted(2 * tails, 1 - LEVEL, side="right"))  # how many values may be left out at either end
+    tails = [ways / 2**n for ways in itertools.accumulate(math.comb(n, heads) for heads in range(n))]  # P(at most so many heads)
+    outside = sum(2 * tail <= 1 - LEVEL for tail in tails)  # the k that is meant
     inner = sorted(values)[outside - 1 : n - outside + 1] if outside else []
     return (inner[0], inner[-1]) if inner else None
 

@@ -17,9 +17,10 @@ PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
-    {"attention", "cache", "schedule", "data", "weights", "video"},
+    {"attention", "cache", "schedule", "hardware", "data", "weights", "video"},
     {"sampler", "backbones", "reward", "baselines"},
-    {"methods", "scorers"},
+    {"methods", "scorers", "timing"},
+    {"stopwatch"},
     {"train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
     {"cli"},
 ]

@@ -229,3 +229,64 @@ def test_interval_holds_its_estimate_and_moves_with_units(y: statistics.Array, s
         low, high = ends(found)
         assert low <= found.value <= high
         assert ends(moved) == pytest.approx((low * scale + shift, high * scale + shift), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", range(1, 15))
+def test_order_interval_holds_the_median_in_95_of_100_cases_and_no_shorter_one_does(n: int) -> None:
+    """Every one of the 2^n ways in which n values can lie below and above the median, counted."""
+    below = np.bitwise_count(np.arange(2**n))  # how many values lie below it
+
+    def coverage(k: int) -> float:
+        """Of the interval from the k-th smallest to the k-th largest."""
+        return float(((below >= k) & (below <= n - k)).mean())
+
+    found = statistics.order_interval([float(10 * i) for i in range(1, n + 1)][::-1])
+    enough = [k for k in range(1, n // 2 + 1) if coverage(k) >= LEVEL]
+    assert found == ((10.0 * max(enough), 10.0 * (n + 1 - max(enough))) if enough else None)
+    assert (found is None) == (n < statistics.FEWEST_ALIKE)
+
+
+def test_order_interval_of_many_values_is_the_binomial_one() -> None:
+    for n in (100, 1500):
+        k = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))  # the least k with P(below <= k) above 2.5 %
+        assert statistics.order_interval(list(range(1, n + 1))) == (k, n + 1 - k)
+
+
+positive = st.floats(0.01, 100)
+
+
+@given(st.lists(positive, min_size=6, max_size=12), st.floats(0.1, 10))
+def test_a_ratio_does_not_see_what_happens_to_both(drift: list[float], factor: float) -> None:
+    """The machine may do in each round what it likes: what is the same factor in all rounds is found exactly."""
+    found = statistics.ratio([[factor * value for value in drift]], [drift])
+    assert (found.value, found.low, found.high) == pytest.approx((factor,) * 3)
+    assert (found.rounds, found.processes) == (len(drift), 1)
+
+
+def test_one_disturbed_round_of_nine_decides_nothing() -> None:
+    fast, slow = [1.1 + 0.001 * i for i in range(9)], [1.0] * 9
+    fast[4] = 0.2
+    found = statistics.ratio([fast], [slow])
+    assert found.low is not None and found.low == pytest.approx(1.1)
+    assert statistics.ratio([fast[:8]], [slow[:8]]).low == pytest.approx(0.2)  # but one of eight does
+
+
+def test_few_processes_have_to_agree_and_many_speak_for_themselves() -> None:
+    one = [[1.0] * 6]
+    few = statistics.ratio([[1.1, 1.2, 1.3, 1.4, 1.5, 1.6], [0.9, 1.1, 1.2, 1.3, 1.4, 1.5]], one * 2)
+    assert (few.low, few.high, few.processes) == (pytest.approx(0.9), pytest.approx(1.6), 2)
+    assert few.value == pytest.approx((1.35 + 1.25) / 2)
+    many = statistics.ratio([[1.1 + 0.1 * i, 5.0, 0.1] for i in range(6)], [[1.0] * 3] * 6)
+    assert (many.low, many.high, many.rounds, many.processes) == (pytest.approx(1.1), pytest.approx(1.6), 18, 6)
+
+
+def test_a_ratio_without_an_interval_says_why_and_one_that_is_none_is_refused() -> None:
+    found = statistics.ratio([[2.0, 4.0]], [[1.0, 2.0]])
+    assert (found.value, found.low, found.high) == (2.0, None, None)
+    assert found.why == "2 rounds in a process, the least is 6"
+    for better, than in (([], []), ([[1.0]], [[1.0, 2.0]]), ([[]], [[]])):
+        with pytest.raises(ValueError, match="rounds in which both were timed"):
+            statistics.ratio(better, than)
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="positive values"):
+            statistics.ratio([[1.0]], [[value]])

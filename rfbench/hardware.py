@@ -1,0 +1,81 @@
+"""The device that something runs on: what it is called here, and in which state it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rfbench import config
+
+ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Celsius
+    *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+    *("power.limit", "power.draw", "temperature.gpu", "persistence_mode", "mig.mode.current"),
+)
+
+
+def name(device: torch.device) -> str:
+    """What a device is called here: its table in rfbench.toml, else its own name in path letters."""
+    return config.settings().hardware_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+
+
+def software(device: torch.device) -> dict[str, Any]:
+    """Versions and switches that a speed depends on and that `provenance` does not record."""
+    found: dict[str, Any] = {"float32_matmul": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found |= {"cudnn": torch.backends.cudnn.version(), "cudnn_benchmark": torch.backends.cudnn.benchmark}
+        found |= {"cudnn_tf32": torch.backends.cudnn.allow_tf32}
+        try:
+            found["triton"] = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            found["triton"] = None
+    return found
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """What changes from minute to minute: clocks, power and temperature of a GPU; load and clock of a CPU."""
+    return _gpu(device) if device.type == "cuda" else _cpu()
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    if shutil.which("nvidia-smi") is None:
+        return {"nvidia-smi": "not found: clocks and power limit are not known"}
+    properties = torch.cuda.get_device_properties(device)
+    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits", "-i", _uuid(str(properties.uuid))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"nvidia-smi": f"{type(error).__name__}: clocks and power limit are not known"}
+    if done.returncode:
+        return {"nvidia-smi": " ".join((done.stdout + done.stderr).split())[:200]}
+    return parsed(done.stdout)
+
+
+def parsed(line: str) -> dict[str, Any]:
+    """A line of nvidia-smi's CSV, numbers as numbers; what it does not know (`[N/A]`) is None."""
+    cells = [cell.strip() for cell in line.strip().split(", ")]
+    found: dict[str, Any] = {}
+    for key, cell in zip(ASKED, cells, strict=True):
+        number = re.fullmatch(r"\d+(\.\d+)?", cell) is not None
+        found[key] = float(cell) if number and key.startswith(("clocks", "power", "temperature")) else None if cell.startswith("[") else cell
+    return found
+
+
+def _uuid(text: str) -> str:
+    """As nvidia-smi spells it; torch leaves the prefix out."""
+    return text if text.startswith(("GPU-", "MIG-")) else f"GPU-{text}"
+
+
+def _cpu() -> dict[str, Any]:
+    found: dict[str, Any] = {"load": [round(part, 2) for part in os.getloadavg()]}
+    try:
+        clocks = [float(clock) for clock in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)]
+    except OSError:  # not Linux
+        clocks = []
+    return found | {"mhz": round(sum(clocks) / len(clocks)) if clocks else None}

@@ -1,0 +1,291 @@
+"""What `profile` writes down, and what its numbers mean: raw times of chunks in, every metric out, each defined here and nowhere else.
+
+Contenders are timed in rounds. In a round each of them takes one turn, so whatever the machine does meanwhile happens to all
+of them alike, and two of them are compared round by round. A turn is a clip of 81 frames from the request of a new prompt
+on, and a stream whose prompt is already encoded. Frames count when their bytes can be read in host memory.
+
+    runs/profile/<name>/<hardware>/rounds.jsonl      one Round per line: a round that was cut short is a torn line, so it is none
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rfbench import records, strict
+from rfbench.scorers.base import Metric
+from rfbench.statistics import Ratio, ratio
+
+CLIP = 81  # pixel frames
+STEADY = 3  # first chunk of a stream that is counted: before it the window fills
+BUFFERS = (0, 1, 2)  # chunks in store before playing starts, besides the first
+TAIL = 662  # gaps between chunks from which on a 99th percentile says something (MLPerf Inference's number of samples for p99)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of a timed clip or stream; seconds since that began."""
+
+    index: int
+    frames: int  # pixel frames that it yields
+    begin: float  # its first step starts
+    denoised: float  # its last step ends
+    readable: float  # its uint8 frames can be read on the host
+    cached: float | None  # its context pass ends; the last chunk of a clip has none
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One contender's part of a round."""
+
+    contender: str
+    fps: int  # of the video: how fast a viewer plays it
+    clip: tuple[Chunk, ...]  # since the request of a new prompt, text encoder included; cut to CLIP frames
+    stream: tuple[Chunk, ...]  # since the request of an encoded prompt; nothing where the model has no chunks
+    peak_bytes: int  # most memory held during the turn: allocated on a GPU, resident on a CPU
+    reserved_bytes: int | None  # the same with what torch keeps in reserve on the GPU
+    device_bytes: int | None  # in use on the GPU as a whole when the turn ended
+    cold_start_s: float | None  # from the start of its process to its first frame; in the first turn of a process
+
+
+@dataclass(frozen=True)
+class Round:
+    """Every contender once; `turns` in the order in which they were taken."""
+
+    process: int
+    number: int  # within the process
+    turns: tuple[Turn, ...]
+
+
+Key = tuple[str, int, int]  # run, process, round: what makes two values a pair
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A metric of a turn: how to read it, and how it is computed; None where it does not apply."""
+
+    metric: Metric
+    of: Callable[[Turn], float | None]
+    headline: bool = False  # shown in tables; the others are in the CSV
+
+
+def read_rounds(directory: Path) -> list[Round]:
+    """The whole rounds of a profile run, in the order in which they were timed.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = directory / "rounds.jsonl"
+    rows: list[dict[str, Any]] = records.read_rows(path, dict)
+    return [strict.build(Round, row, where=f"{path} round {i}") for i, row in enumerate(rows)]
+
+
+def order(names: Sequence[str], number: int) -> tuple[str, ...]:
+    """Who goes when in the `number`-th round: every second one backwards, and each pair of rounds begins one further on.
+
+    Over 2 n rounds each of n contenders is at each place twice, and each comes before each other in half of the rounds.
+    """
+    start = number // 2 % len(names)
+    turned = (*names[start:], *names[:start])
+    return turned[::-1] if number % 2 else turned
+
+
+def steady(turn: Turn) -> tuple[Chunk, ...]:
+    """The chunks of the stream that are counted; none where there are fewer than two."""
+    found = tuple(chunk for chunk in turn.stream if chunk.index >= STEADY)
+    return found if len(found) > 1 else ()
+
+
+def denoising(chunk: Chunk) -> float:
+    """Seconds of a chunk's steps, with their noise and bookkeeping."""
+    return chunk.denoised - chunk.begin
+
+
+def with_context(chunk: Chunk) -> float:
+    """Seconds of a chunk's steps and of its context pass, which starts when its frames are out."""
+    assert chunk.cached is not None, "a stream is made one chunk longer than it is timed"
+    return denoising(chunk) + chunk.cached - chunk.readable
+
+
+def _dit_fps(turn: Turn, seconds: Callable[[Chunk], float]) -> float | None:
+    counted = steady(turn)
+    return counted[0].frames / median(map(seconds, counted)) if counted else None
+
+
+def _e2e_fps(turn: Turn) -> float | None:
+    counted = steady(turn)
+    return sum(chunk.frames for chunk in counted) / (counted[-1].readable - turn.stream[STEADY - 1].readable) if counted else None
+
+
+def _rtf(turn: Turn) -> float | None:
+    fps = _e2e_fps(turn)
+    return None if fps is None else fps / turn.fps
+
+
+def _jitter(turn: Turn, share: float, least: int = 1) -> float | None:
+    """Nearest-rank quantile of the gaps between the first frames of neighbouring chunks."""
+    gaps = sorted(after.readable - before.readable for before, after in itertools.pairwise(steady(turn)))
+    return gaps[math.ceil(share * len(gaps)) - 1] if len(gaps) >= least else None
+
+
+def _slowdown(turn: Turn) -> float | None:
+    took = [with_context(chunk) for chunk in steady(turn)]
+    third = max(1, len(took) // 3)
+    return median(took[-third:]) / median(took[:third]) if took else None
+
+
+@dataclass(frozen=True)
+class Viewing:
+    """What a viewer sees of a stream who starts when a number of chunks is in store."""
+
+    in_time: float  # share of the frames that are there when a clock that never stops wants them
+    underruns: int  # how often a player stands still that waits for what is late
+    stalled: float  # seconds for which it stands still
+
+
+def viewing(chunks: Sequence[Chunk], fps: int, buffer: int) -> Viewing:
+    """Play a stream at `fps` from the moment on when chunk `buffer` can be read."""
+    due = patient = chunks[buffer].readable
+    in_time, underruns, stalled = 0, 0, 0.0
+    for chunk in chunks:
+        late = chunk.readable - due  # of its first frame; each later one may be as much later as it is shown later
+        in_time += chunk.frames - (0 if late <= 0 else min(chunk.frames, math.ceil(late * fps)))
+        wait = max(0.0, chunk.readable - patient)
+        underruns += wait > 0
+        stalled += wait
+        due += chunk.frames / fps
+        patient += wait + chunk.frames / fps
+    return Viewing(in_time / sum(chunk.frames for chunk in chunks), underruns, stalled)
+
+
+def _view(turn: Turn, buffer: int, of: Callable[[Viewing], float]) -> float | None:
+    return of(viewing(turn.stream, turn.fps, buffer)) if steady(turn) else None
+
+
+def _viewed(buffer: int) -> dict[str, Timing]:
+    store = f"with {buffer} chunk{'s' * (buffer != 1)} in store before playing starts, besides the first"
+    in_time = Metric(True, "%", f"Frames that are there when a clock at the video's frame rate wants them, {store}.")
+    underruns = Metric(False, "", f"How often a player that waits for late frames stands still, {store}.")
+    stalled = Metric(False, "s", f"Time for which such a player stands still, {store}.")
+    return {
+        f"deadline_{buffer}": Timing(in_time, functools.partial(_view, buffer=buffer, of=lambda seen: 100 * seen.in_time), headline=buffer == 1),
+        f"underruns_{buffer}": Timing(underruns, functools.partial(_view, buffer=buffer, of=lambda seen: float(seen.underruns))),
+        f"stall_{buffer}_s": Timing(stalled, functools.partial(_view, buffer=buffer, of=lambda seen: seen.stalled)),
+    }
+
+
+TIMINGS: dict[str, Timing] = {
+    "dit_fps": Timing(
+        Metric(True, "FPS", f"Frames of a chunk over the median time of its steps and its context pass, from chunk {STEADY} on; no decoding."),
+        lambda turn: _dit_fps(turn, with_context),
+        headline=True,
+    ),
+    "dit_fps_no_context": Timing(
+        Metric(True, "FPS", "The same without the context pass, as some publish it: a stream cannot go on without that pass."),
+        lambda turn: _dit_fps(turn, denoising),
+    ),
+    "e2e_fps": Timing(
+        Metric(True, "FPS", f"Frames after chunk {STEADY - 1} over the time that they take until they can be read: decoding and copying included."),
+        _e2e_fps,
+        headline=True,
+    ),
+    "clip_fps": Timing(
+        Metric(True, "FPS", "Frames of an 81 frame clip over the time from request to last frame: text encoder included, what a user sees."),
+        lambda turn: CLIP / turn.clip[-1].readable,
+        headline=True,
+    ),
+    "ttff_s": Timing(
+        Metric(False, "s", "Time from the request of a new prompt to its first frame, model and text encoder in memory."),
+        lambda turn: turn.clip[0].readable,
+        headline=True,
+    ),
+    "ttff_cached_s": Timing(
+        Metric(False, "s", "Time from the request of a prompt that is already encoded to its first frame."),
+        lambda turn: turn.stream[0].readable if turn.stream else None,
+    ),
+    "cold_start_s": Timing(
+        Metric(False, "s", "Time from the start of a process to its first frame: interpreter, imports, weights, first chunk."),
+        lambda turn: turn.cold_start_s,
+    ),
+    "rtf": Timing(Metric(True, "×", "Seconds of video per second of computing; above 1 is faster than real time."), _rtf, headline=True),
+    "jitter_p50_s": Timing(Metric(False, "s", f"Median time between neighbouring chunks, from chunk {STEADY} on."), lambda turn: _jitter(turn, 0.5)),
+    "jitter_p95_s": Timing(Metric(False, "s", "95th percentile of the time between neighbouring chunks."), lambda turn: _jitter(turn, 0.95)),
+    "jitter_p99_s": Timing(
+        Metric(False, "s", f"99th percentile of the time between neighbouring chunks, of streams with at least {TAIL} gaps."),
+        lambda turn: _jitter(turn, 0.99, TAIL),
+    ),
+    "jitter_max_s": Timing(Metric(False, "s", "Longest time between neighbouring chunks."), lambda turn: _jitter(turn, 1.0)),
+    **{name: timing for buffer in BUFFERS for name, timing in _viewed(buffer).items()},
+    "slowdown": Timing(
+        Metric(False, "×", "Median time of a chunk in the last third of a stream over that in the first third: 1 is constant cost."),
+        _slowdown,
+        headline=True,
+    ),
+    "peak_memory_bytes": Timing(
+        Metric(False, "bytes", "Most memory that was held after warm-up: allocated on a GPU, resident on a CPU."),
+        lambda turn: float(turn.peak_bytes),
+        headline=True,
+    ),
+    "reserved_memory_bytes": Timing(
+        Metric(False, "bytes", "Most GPU memory that torch held after warm-up, what it keeps in reserve included."),
+        lambda turn: None if turn.reserved_bytes is None else float(turn.reserved_bytes),
+    ),
+    "device_memory_bytes": Timing(
+        Metric(False, "bytes", "Memory in use on the GPU as a whole: the driver's, other processes' and other contenders' included."),
+        lambda turn: None if turn.device_bytes is None else float(turn.device_bytes),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A timing: its median over processes, or over the rounds of the only one, and the range of those."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def values(rounds: Iterable[Round], run: str) -> dict[str, dict[str, dict[Key, float]]]:
+    """Contender -> metric -> value of each round; a metric that does not apply is not there."""
+    found: dict[str, dict[str, dict[Key, float]]] = {}
+    for each in rounds:
+        for turn in each.turns:
+            for name, timing in TIMINGS.items():
+                value = timing.of(turn)
+                if value is not None:
+                    found.setdefault(turn.contender, {}).setdefault(name, {})[run, each.process, each.number] = value
+    return found
+
+
+def by_process(column: Mapping[Key, float]) -> list[list[float]]:
+    """The values of each process."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for (run, process, _), value in sorted(column.items()):
+        found.setdefault((run, process), []).append(value)
+    return list(found.values())
+
+
+def spread(column: Mapping[Key, float]) -> Spread:
+    """Summarise a metric's values."""
+    processes = by_process(column)
+    counted = processes[0] if len(processes) == 1 else [median(own) for own in processes]
+    return Spread(median(counted), min(counted), max(counted), len(counted))
+
+
+def compared(better: Mapping[Key, float], than: Mapping[Key, float], higher_is_better: bool) -> Ratio:
+    """How many times as good one is as the other, over the rounds in which both were timed and over no others.
+
+    Raises:
+        ValueError: there are no such rounds, or a value is not positive.
+    """
+    pairs = {key: (better[key], than[key]) for key in better.keys() & than.keys()}
+    sides = [by_process({key: pair[side] for key, pair in pairs.items()}) for side in (0, 1)]
+    return ratio(*(sides if higher_is_better else sides[::-1]))
