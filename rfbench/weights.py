@@ -267,9 +267,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
 
     Raises:
         UserError: names what is missing, left over, of another shape or kind, or not finite.
-        ValueError: the module has a parameter or buffer on `meta` that no checkpoint fills.
+        ValueError: the module has a buffer on `meta` that is not in checkpoints.
     """
     own = module.state_dict()
+    if left := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in own]:
+        raise ValueError(f"{type(module).__name__}: no checkpoint fills {', '.join(left)}; make it outside of `torch.device('meta')`")
     _refuse(where, "lacks", own.keys() - tensors.keys())
     _refuse(where, "has unknown", tensors.keys() - own.keys())
     other, shapes, kinds, broken, fitting = [], [], [], [], {}
@@ -290,9 +292,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) 
     _refuse(where, "has another kind of number in", kinds)
     _refuse(where, "has NaN or infinity in", broken)
     module.load_state_dict(fitting, assign=any(target.is_meta for target in own.values()))
-    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if left:
-        raise ValueError(f"{type(module).__name__} has no value for {', '.join(left)}: make it outside of `torch.device('meta')`")
 
 
 def _refuse(where: Path, what: str, names: Iterable[str]) -> None:
