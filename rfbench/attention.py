@@ -14,8 +14,8 @@ from torch.nn import functional
 
 
 def attend(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None = None) -> Tensor:
-    """Softmax attention of every query over every key (or those that `mask_SK` allows): [B, S, H, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BKHD, v_BKHD))
+    """Softmax attention of every query over every key (or those that `mask_SK` allows), in the values' dtype: [B, S, H, D]."""
+    q, k, v = (x.to(v_BKHD.dtype).transpose(1, 2) for x in (q_BSHD, k_BKHD, v_BKHD))
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_SK).transpose(1, 2)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Plan:
 
     keep: tuple[int, ...]  # slots that stay, in order
     fold: tuple[tuple[int, int], ...] = ()  # (evicted slot, sink slot that it is averaged into)
+    overwrite: tuple[tuple[int, int], ...] = ()  # (evicted slot, sink slot that it replaces)
 
 
 def full(held: int, new: int) -> Plan:
@@ -46,14 +48,17 @@ def static_sink(held: int, new: int, *, size: int, sink: int) -> Plan:
     return Plan((*range(start), *range(start + over, held)))
 
 
-def ema_sink(held: int, new: int, *, size: int, sink: int) -> Plan:
+def ema_sink(held: int, new: int, *, size: int, sink: int, mismatch: str = "average") -> Plan:
     """As `static_sink`, and every frame that leaves is averaged into the sink (paper Eq. 5 to 8).
 
     The paper evicts a chunk of as many frames as the sink has, frame by frame. Where the sizes differ, the i-th evicted
-    frame goes to sink slot i modulo `sink`; the released code overwrites the sink there instead (D-12).
+    frame goes to sink slot i modulo `sink`; with `mismatch` "overwrite" the first evicted frames replace the first sink
+    frames instead, without any average, as the released code does (D-12).
     """
     plan = static_sink(held, new, size=size, sink=sink)
     gone = [slot for slot in range(held) if slot not in plan.keep]
+    if mismatch == "overwrite" and len(gone) != sink:
+        return Plan(plan.keep, overwrite=tuple((slot, i) for i, slot in enumerate(gone[:sink])))
     return Plan(plan.keep, tuple((slot, i % sink) for i, slot in enumerate(gone)))
 
 
@@ -62,7 +67,7 @@ POLICIES: dict[str, Callable[..., Plan]] = {"full": full, "window": window, "sta
 
 def plan(cfg: CacheCfg, held: int, new: int) -> Plan:
     """The plan of the configured policy."""
-    settings = {"size": cfg.window, "sink": cfg.sink}
+    settings = {"size": cfg.window, "sink": cfg.sink, "mismatch": cfg.mismatch if cfg.policy == "ema_sink" else None}
     return POLICIES[cfg.policy](held, new, **{name: value for name, value in settings.items() if value is not None})
 
 
@@ -79,6 +84,9 @@ class CacheShape:
     latents: int
 
 
+Gradients = Literal["detached", "in_place"]
+
+
 class KVCache:
     """Keys and values of the frames that a chunk may look back at, for all layers of one batch of clips.
 
@@ -88,13 +96,18 @@ class KVCache:
     With `rope: relative` keys are stored raw and numbered 0, 1, 2, ... from the oldest held frame; the numbers change only
     when a chunk begins, so held keys are rotated once per chunk and layer and not in every pass. With `rope: absolute`
     only rotated keys are stored.
+
+    `gradients` is about passes under autograd. "detached": what is read from the cache carries none. "in_place": what is
+    read has the values of the clean pass, and its gradient flows to what the last pass under autograd made of the same
+    frame (D-34). That is what writing to the cache in place does to autograd in the released training code.
     """
 
-    def __init__(self, cfg: CacheCfg, shape: CacheShape, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, cfg: CacheCfg, shape: CacheShape, *, dtype: torch.dtype, device: torch.device, gradients: Gradients = "detached") -> None:
         self.cfg = cfg
         self.shape = shape
+        self.gradients = gradients
         self.tokens = shape.height * shape.width
-        slots = shape.latents if cfg.window is None else min(cfg.window, shape.latents)
+        slots = shape.latents if cfg.window is None else min(cfg.window, max(shape.latents, cfg.sink or 0))
         size = (shape.batch, slots * self.tokens, shape.heads, shape.head_dim)
 
         def buffers() -> list[Tensor]:
@@ -105,7 +118,8 @@ class KVCache:
         self.sinks: list[tuple[Tensor, Tensor]] = []  # sink K and V in `fold_dtype`, once something was folded
         self.free = list(range(slots))
         self.held: list[int] = []  # physical slot of each held frame, oldest first; the chunk in work comes last
-        self.positions: list[int] = []  # time position of each held frame
+        self.numbers: list[int] = []  # which frame of the clip each held frame is
+        self.traces: dict[int, list[tuple[Tensor, Tensor]]] = {}  # "in_place": physical slot -> per layer, K and V under autograd, K as in `raw`
         self.chunk = 0  # frames of the chunk in work
         self.frames = 0  # frames that ever began
 
@@ -117,49 +131,61 @@ class KVCache:
         """
         step = plan(self.cfg, len(self.held), frames)
         if step.fold:
-            self._fold([(self.held[gone], self.held[sink]) for gone, sink in step.fold])
+            assert self.cfg.alpha is not None
+            self._merge(step.fold, self.cfg.alpha)
+        if step.overwrite:
+            self._merge(step.overwrite, 0.0)
         kept = [self.held[slot] for slot in step.keep]
         self.free = sorted(self.free + [slot for slot in self.held if slot not in kept])
         if frames > len(self.free):
             raise ValueError(f"the cache has {len(self.free)} free frame slots and {frames} frames come in")
+        self.traces = {slot: trace for slot, trace in self.traces.items() if slot in kept}
         self.held = kept + self.free[:frames]
         self.free = self.free[frames:]
+        self.numbers = [self.numbers[slot] for slot in step.keep] + list(range(self.frames, self.frames + frames))
         if self.cfg.rope == "relative":
-            self.positions = list(range(len(self.held)))
             self._rotate(len(kept))
-        else:
-            self.positions = [self.positions[slot] for slot in step.keep] + list(range(self.frames, self.frames + frames))
         self.chunk = frames
         self.frames += frames
+
+    def rewind(self) -> list[int]:
+        """Forget all frames but the sink's, so that they can be brought in again; their numbers in the clip, in order."""
+        sink = min(self.cfg.sink or 0, len(self.held))
+        gone = self.numbers[sink:]
+        self.free = sorted(self.free + self.held[sink:])
+        self.held, self.numbers = self.held[:sink], self.numbers[:sink]
+        self.frames -= len(gone)
+        return gone
 
     def extend(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put the chunk's raw keys and values in place; the rotated queries and all keys and values to attend to.
 
-        When gradients are recorded, the chunk's own keys and values carry them and earlier frames' do not; the stored
-        tensors are left alone, so that autograd's copies stay valid.
+        When gradients are recorded, the stored tensors are left alone, so that autograd's copies stay valid.
 
         Returns:
             queries [B, S, H, D], keys [B, K, H, D], values [B, K, H, D].
         """
-        rotation = self._rotation(len(self.held) - self.chunk, len(self.held), q_BSHD.device)
-        queries, keys = rotate(q_BSHD, rotation), rotate(k_BSHD, rotation)
+        held, first = len(self.held), len(self.held) - self.chunk
+        empty = max(0, (self.cfg.sink or 0) - held) if self.cfg.empty_sink == "attended" else 0
+        keys = rotate(k_BSHD, self._rotation(first, held, q_BSHD.device))
+        queries = rotate(q_BSHD, self._rotation(first + empty, held + empty, q_BSHD.device))
+        new = self.held[first:]
         if torch.is_grad_enabled():
-            past = self.held[: len(self.held) - self.chunk]
-            return (
-                queries,
-                torch.cat([*self._read(self.rotated[layer], past), keys], 1),
-                torch.cat([*self._read(self.values[layer], past), v_BSHD], 1),
-            )
-        new = self.held[len(self.held) - self.chunk :]
+            if self.gradients == "in_place":
+                self._trace(layer, new, k_BSHD if self.cfg.rope == "relative" else keys, v_BSHD)
+            past_k, past_v = self._past(layer, first)
+            nothing = [torch.zeros_like(keys[:, : self.tokens])] * empty
+            return queries, torch.cat([*past_k, keys, *nothing], 1), torch.cat([*past_v, v_BSHD, *nothing], 1)
         self._write(self.rotated[layer], new, keys)
         self._write(self.values[layer], new, v_BSHD)
         if self.cfg.rope == "relative":
             self._write(self.raw[layer], new, k_BSHD)
-        used = len(self.held) * self.tokens  # slots are handed out lowest first, so the used ones are the first ones
+        used = (held + empty) * self.tokens  # slots are handed out lowest first, so the used ones are the first ones, and zeros come behind them
         return queries, self.rotated[layer][:, :used], self.values[layer][:, :used]
 
     def _rotation(self, first: int, last: int, device: torch.device) -> Tensor:
-        return rotations(tuple(self.positions[first:last]), self.shape.height, self.shape.width, self.shape.head_dim, device)
+        positions = tuple(range(first, last)) if self.cfg.rope == "relative" else tuple(self.numbers[first:last])
+        return rotations(positions, self.shape.height, self.shape.width, self.shape.head_dim, device)
 
     def _rotate(self, kept: int) -> None:
         """Rotate the kept raw keys to their new positions, in all layers."""
@@ -168,21 +194,51 @@ class KVCache:
             for raw, rotated in zip(self.raw, self.rotated, strict=True):
                 rotated[:, slots] = rotate(raw[:, slots], rotation)
 
-    def _fold(self, pairs: list[tuple[int, int]]) -> None:
+    def _merge(self, pairs: tuple[tuple[int, int], ...], alpha: float) -> None:
         """sink = alpha sink + (1 - alpha) evicted, raw keys and values alike; the average is kept in `fold_dtype`."""
-        assert self.cfg.alpha is not None and self.cfg.fold_dtype is not None and self.cfg.sink is not None
+        assert self.cfg.fold_dtype is not None and self.cfg.sink is not None
         dtype = getattr(torch, self.cfg.fold_dtype)
-        for gone, sink in pairs:
-            logical = self.held.index(sink)
+        for gone, logical in pairs:
+            evicted, sink = self.held[gone], self.held[logical]
             for layer, (keys, values) in enumerate(zip(self.raw, self.values, strict=True)):
                 if len(self.sinks) <= layer:
                     self.sinks.append(
                         (self._gather(keys, self.held[: self.cfg.sink]).to(dtype), self._gather(values, self.held[: self.cfg.sink]).to(dtype))
                     )
                 for buffer, average in zip((keys, values), self.sinks[layer], strict=True):
-                    part = average[:, logical * self.tokens : (logical + 1) * self.tokens]
-                    part.mul_(self.cfg.alpha).add_(buffer[:, self._tokens(gone)].to(dtype) * (1 - self.cfg.alpha))
+                    part = average[:, self._tokens(logical)]
+                    part.mul_(alpha).add_(buffer[:, self._tokens(evicted)].to(dtype) * (1 - alpha))
                     buffer[:, self._tokens(sink)] = part.to(buffer.dtype)
+            self._merge_traces(evicted, sink, alpha)
+
+    def _merge_traces(self, gone: int, sink: int, alpha: float) -> None:
+        """The sink's gradient flows to both of which it is the average; a frame without a trace takes none."""
+        old, new = ([(share * k, share * v) for k, v in self.traces.get(slot, ())] for share, slot in ((alpha, sink), (1 - alpha, gone)))
+        if old and new:
+            self.traces[sink] = [(k1 + k2, v1 + v2) for (k1, v1), (k2, v2) in zip(old, new, strict=True)]
+        elif old or new:
+            self.traces[sink] = old or new
+
+    def _trace(self, layer: int, slots: list[int], k_BSHD: Tensor, v_BSHD: Tensor) -> None:
+        """Remember what a pass under autograd made of the chunk, frame by frame."""
+        for slot, k, v in zip(slots, k_BSHD.split(self.tokens, 1), v_BSHD.split(self.tokens, 1), strict=True):
+            self.traces[slot] = [*self.traces.get(slot, [])[:layer], (k, v)]
+
+    def _past(self, layer: int, frames: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Rotated keys, and values, of the first `frames` held frames."""
+        if self.gradients == "detached":
+            return self._read(self.rotated[layer], self.held[:frames]), self._read(self.values[layer], self.held[:frames])
+        past_k, past_v = [], []
+        for place, slot in enumerate(self.held[:frames]):
+            k, v = self.rotated[layer][:, self._tokens(slot)], self.values[layer][:, self._tokens(slot)]
+            if slot in self.traces:
+                trace_k, trace_v = self.traces[slot][layer]
+                if self.cfg.rope == "relative":
+                    trace_k = rotate(trace_k, self._rotation(place, place + 1, k.device))
+                k, v = k + (trace_k - trace_k.detach()), v + (trace_v - trace_v.detach())
+            past_k.append(k)
+            past_v.append(v)
+        return past_k, past_v
 
     def _tokens(self, slot: int, frames: int = 1) -> slice:
         return slice(slot * self.tokens, (slot + frames) * self.tokens)

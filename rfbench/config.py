@@ -28,6 +28,8 @@ class CacheCfg:
     alpha: float | None = None  # ema_sink: share of the old sink that stays when a frame is folded in (paper Eq. 5)
     fold_dtype: Literal["float32", "bfloat16"] | None = None  # ema_sink: the dtype that the average is kept in (D-4, D-38)
     rope: Literal["absolute", "relative"] = "relative"
+    mismatch: Literal["average", "overwrite"] = "average"  # ema_sink, more or fewer frames leave than the sink has: the release overwrites (D-12)
+    empty_sink: Literal["ignored", "attended"] = "ignored"  # sink slots that no frame has reached yet; the release attends to their zeros (D-37)
 
     def __post_init__(self) -> None:
         needs = {"full": [], "window": ["window"], "static_sink": ["window", "sink"], "ema_sink": ["window", "sink", "alpha", "fold_dtype"]}
@@ -41,8 +43,21 @@ class CacheCfg:
             raise UserError(
                 "cache policy 'ema_sink' with rope 'absolute' would average keys that were rotated to different positions; use rope 'relative'"
             )
+        if self.mismatch != "average" and self.policy != "ema_sink":
+            raise UserError(f"cache policy '{self.policy}' does not use 'mismatch'")
+        if self.empty_sink != "ignored" and (not self.sink or self.rope == "absolute"):
+            raise UserError("cache 'empty_sink' is about a sink under rope 'relative'; leave it out")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"cache alpha is {self.alpha}; it is a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class RerollCfg:
+    """How CausVid makes clips that are longer than its rollouts: each begins with the last frames of the one before, the first
+    of them made anew from its last pixels (CausVid, long video inference)."""
+
+    latents: int  # of one rollout
+    overlap: int  # latent frames that two rollouts share
 
 
 @dataclass(frozen=True)
@@ -50,23 +65,36 @@ class SamplerCfg:
     """How a clip is made: one loop over chunks, `steps` passes each, then a clean pass that fills the cache.
 
     `solver: renoise` predicts the clean chunk and adds fresh noise for the next step (few-step students); `euler` follows
-    the flow (many-step teachers). `chunk: null` makes all frames at once, which is the bidirectional sampler.
+    the flow (many-step teachers), and so does `unipc`, in second order and on Wan's own grid of timesteps. `chunk: null`
+    makes all frames at once, which is the bidirectional sampler.
     """
 
     steps: tuple[int, ...] | int  # timesteps of 1000 in the order taken, or a number of evenly spaced ones
     shift: float
     warp: bool = True  # look the steps up in the shifted table (1000, 937.5, ...) instead of taking them as they are
     chunk: int | None = 3  # latent frames
-    solver: Literal["renoise", "euler"] = "renoise"
+    solver: Literal["renoise", "euler", "unipc"] = "renoise"
     guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
+    negative: str = ""  # prompt of the unconditional pass
     context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498)
     cache: CacheCfg | None = None  # exactly when `chunk` is given
+    reroll: RerollCfg | None = None  # null: one rollout, as long as the clip
 
     def __post_init__(self) -> None:
         if (self.chunk is None) != (self.cache is None):
             raise UserError("a sampler has a cache exactly when it has a chunk: give both, or neither for the bidirectional sampler")
         if isinstance(self.steps, int) and not self.warp:
             raise UserError("a number of steps is spaced on the shifted grid; 'warp: false' needs a list of timesteps")
+        if self.solver == "unipc" and not isinstance(self.steps, int):
+            raise UserError("solver 'unipc' has a grid of its own; give a number of steps, not a list")
+        if self.negative and self.guidance == 1.0:
+            raise UserError("a 'negative' prompt is not used without guidance; set 'guidance', or leave it out")
+        if self.cache is not None and self.cache.empty_sink == "attended" and (self.chunk or 0) >= (self.cache.sink or 0):
+            raise UserError("cache 'empty_sink' changes nothing where a chunk fills the sink; leave it out")
+        if self.reroll is not None and (
+            self.chunk is None or self.reroll.latents % self.chunk or self.reroll.overlap % self.chunk or self.reroll.overlap >= self.reroll.latents
+        ):
+            raise UserError("'reroll' needs whole chunks: 'latents' and 'overlap' are multiples of 'chunk', and 'overlap' is the smaller one")
 
 
 @dataclass(frozen=True)
@@ -165,6 +193,9 @@ class ScoreCfg:
     t_max: int = 980
 
 
+    negative: str = ""  # prompt of the teacher's unconditional score
+    latents: int = 21  # longest clip that is judged: of a longer rollout the last frames, the first of them made anew from pixels
+    cache_gradients: Literal["detached", "in_place"] = "detached"  # whether cached keys and values carry gradients, as in the release (D-34)
 @dataclass(frozen=True)
 class RewardCfg:
     """Weight exp(reward / beta) of each sample's distribution matching gradient (Re-DMD)."""

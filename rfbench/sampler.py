@@ -2,24 +2,26 @@
 
 Chunk by chunk: draw noise, take the steps, hand out the clean chunk, then (only when another chunk is wanted) run the clean
 pass that leaves its keys and values in the cache. A clip without chunks is one chunk of all frames without a cache, which
-is the bidirectional sampler.
+is the bidirectional sampler. A clip that is longer than a model's rollouts may be several of them (`rfbench.config.RerollCfg`).
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, L text tokens, E text width.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rfbench.backbones.base import Backbone
+from rfbench.backbones.base import Backbone, latent_frames, pixel_frames
 from rfbench.backbones.wan.dit import TextKV
-from rfbench.cache import CacheShape, KVCache
-from rfbench.config import SamplerCfg
-from rfbench.schedule import Schedule, add_noise, flow_to_x0
+from rfbench.cache import CacheShape, Gradients, KVCache
+from rfbench.config import RerollCfg, SamplerCfg
+from rfbench.schedule import Schedule, add_noise, flow_to_x0, wan_grid
+from rfbench.unipc import UniPC
 
 Noise = Callable[[int], Tensor]  # latent frames -> noise [B, F, C, H, W]; draws follow each other in the sampler's order
 
@@ -40,7 +42,7 @@ def clip_noise(backbone: Backbone, seeds: Sequence[int]) -> Noise:
     size = (backbone.shape.channels, backbone.shape.height, backbone.shape.width)
 
     def draw(frames: int) -> Tensor:
-        return torch.stack([torch.randn(frames, *size, generator=rng) for rng in generators]).to(parameter.device, parameter.dtype)
+        return torch.stack([torch.randn(frames, *size, generator=rng) for rng in generators]).to(parameter.device, backbone.denoiser.dtype)
 
     return draw
 
@@ -49,8 +51,17 @@ def timesteps(cfg: SamplerCfg) -> tuple[float, ...]:
     """The timesteps that are taken, noisiest first."""
     schedule = Schedule(cfg.shift)
     if isinstance(cfg.steps, int):
-        return schedule.spaced(cfg.steps)
+        return wan_grid(cfg.steps, cfg.shift)[0] if cfg.solver == "unipc" else schedule.spaced(cfg.steps)
     return schedule.warp(cfg.steps) if cfg.warp else tuple(float(step) for step in cfg.steps)
+
+
+def noise_levels(cfg: SamplerCfg) -> list[float]:
+    """Sigma of each timestep that is taken."""
+    if cfg.solver == "unipc":
+        assert isinstance(cfg.steps, int)
+        return list(wan_grid(cfg.steps, cfg.shift)[1])
+    steps = timesteps(cfg)
+    return Schedule(cfg.shift).sigma(torch.tensor(steps)).tolist() if cfg.solver == "renoise" else [step / 1000 for step in steps]
 
 
 def cache_shape(backbone: Backbone, batch: int, latents: int) -> CacheShape:
@@ -68,8 +79,10 @@ def stream(
     *,
     null_BLE: Tensor | None = None,
     initial_BFCHW: Tensor | None = None,
+    switches: Sequence[tuple[int, Tensor]] = (),
     exit_step: int | None = None,
     grad_from: int | None = None,
+    cache_gradients: Gradients = "detached",
     mark: Callable[[str], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Chunk]:
@@ -81,9 +94,12 @@ def stream(
             the clean pass when `cfg.context_noise` is not 0.
         null_BLE: embedding of the unconditional prompt; needed exactly when `cfg.guidance` is not 1.
         initial_BFCHW: given frames that the clip goes on from, whole chunks; they are handed out first.
+        switches: (latent frame, prompt embeddings) in order: chunks that start there or later follow these prompts. At a switch
+            the clean passes of the cached frames are run again, chunk by chunk, with the new text; the sink's keys and values
+            stay as they are (LongLive's KV recache, arXiv:2509.22622, NVlabs/LongLive v1.0).
         exit_step: training: stop every chunk at this step (0-based) instead of the last.
-        grad_from: training: record gradients in the exit step of chunks that start at or after this frame. Cached keys and
-            values never carry gradients (D-34).
+        grad_from: training: record gradients in the exit step of chunks that start at or after this frame.
+        cache_gradients: training: whether cached keys and values carry gradients, see `KVCache` (D-34).
         mark: called with "begin", "denoised" and "cached" as each chunk passes that point, for timers.
         watch: called with the noisy latents that each step starts from, for trajectories.
 
@@ -91,26 +107,29 @@ def stream(
         the clean chunks in order. The caller's work on a chunk comes before its clean pass, so pixels leave as early as they can.
 
     Raises:
-        ValueError: lengths that do not fit the chunk, or null text missing or unused.
+        ValueError: lengths that do not fit the chunk, null text missing or unused, or switches that are out of order or without a cache.
     """
     length = latents if cfg.chunk is None else cfg.chunk
     if latents % length or (initial_BFCHW is not None and initial_BFCHW.shape[1] % length):
         raise ValueError(f"{latents} latent frames are not whole chunks of {length}")
     if (null_BLE is None) != (cfg.guidance == 1.0):
         raise ValueError("the unconditional prompt is needed exactly when guidance is not 1")
-    model, schedule = backbone.denoiser, Schedule(cfg.shift)
+    if switches and (cfg.cache is None or any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(switches))):
+        raise ValueError("prompts switch between chunks, in the order of their frames")
+    model = backbone.denoiser
     given = [text for text in (text_BLE, null_BLE) if text is not None]
     with torch.no_grad():
         texts = [model.text_kv(text) for text in given]
-    steps = timesteps(cfg)
-    sigmas = schedule.sigma(torch.tensor(steps)).tolist() if cfg.solver == "renoise" else [step / 1000 for step in steps]
+    steps, sigmas = timesteps(cfg), noise_levels(cfg)
     last = len(steps) - 1 if exit_step is None else exit_step
     batch, device = len(text_BLE), text_BLE.device
     shape = cache_shape(backbone, batch, latents)
-    caches = [] if cfg.cache is None else [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device) for _ in texts]
+    caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
     # One timestep for all clips: a product with a single row rounds otherwise than one with a row per clip.
     times = {step: torch.full((1, 1), step, dtype=torch.float64, device=device) for step in (*steps, 0.0)}
     tell = mark or (lambda event: None)
+    due = list(switches)
+    context: dict[int, Tensor] = {}  # while a switch is to come: what the clean passes of the cached chunks saw
 
     def flow(x_BFCHW: Tensor, step: float, grad: bool = False) -> Tensor:
         with torch.set_grad_enabled(grad):
@@ -123,22 +142,37 @@ def stream(
     def at(sigma: float) -> Tensor:
         return torch.full((1, 1), sigma, dtype=torch.float64, device=device)
 
+    def switch(text_BLE: Tensor) -> None:
+        given[0] = text_BLE
+        with torch.no_grad():
+            texts[0] = model.text_kv(text_BLE)
+            for chunk, numbers in itertools.groupby(caches[0].rewind(), key=lambda number: number // length):
+                again = [number - chunk * length for number in numbers]
+                caches[0].begin(len(again))
+                model(context[chunk][:, again], times[0.0], texts[0], cache=caches[0])
+
     for index in range(latents // length):
         start = index * length
         tell("begin")
+        ready = [text for frame, text in due if frame <= start]
+        if ready:
+            due = due[len(ready) :]
+            switch(ready[-1])
         for cache in caches:
             cache.begin(length)
         if initial_BFCHW is not None and start < initial_BFCHW.shape[1]:
             x0 = initial_BFCHW[:, start : start + length]
         else:
-            x = noise(length)
+            x, solver = noise(length), UniPC(sigmas) if cfg.solver == "unipc" else None
             for number in range(last + 1):
                 if watch is not None:
                     watch(x)
                 grad = number == last and grad_from is not None and start >= grad_from
                 velocity = flow(x, steps[number], grad)
                 following = sigmas[number + 1] if number < len(sigmas) - 1 else 0.0
-                if cfg.solver == "euler":
+                if solver is not None:
+                    x0 = x = solver.step(x, velocity)
+                elif cfg.solver == "euler":
                     x0 = x = x + velocity * (following - sigmas[number])
                 else:
                     with torch.set_grad_enabled(grad):
@@ -148,16 +182,69 @@ def stream(
         tell("denoised")
         yield Chunk(index, start, x0)
         if start + length < latents:
-            clean = x0.detach()
-            flow(add_noise(clean, noise(length), at(cfg.context_noise)) if cfg.context_noise else clean, 0.0)
+            clean = add_noise(x0.detach(), noise(length), at(cfg.context_noise)) if cfg.context_noise else x0.detach()
+            flow(clean, 0.0)
+            if due:
+                cached = {number // length for number in caches[0].numbers}
+                context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}
             tell("cached")
 
 
-def generate(backbone: Backbone, prompts: Sequence[str], latents: int, cfg: SamplerCfg, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Pixels of one clip per prompt and seed, as a stream: [B, T, 3, H, W] in [-1, 1] for each chunk."""
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    latents: int,
+    cfg: SamplerCfg,
+    seeds: Sequence[int],
+    *,
+    switches: Sequence[tuple[int, Sequence[str]]] = (),
+) -> Iterator[Tensor]:
+    """Pixels of one clip per prompt and seed, as a stream: [B, T, 3, H, W] in [-1, 1] for each chunk.
+
+    `switches` are (latent frame, one prompt per clip), see `stream` and `latent_at`.
+    """
     with torch.no_grad():
         text = backbone.encode_text(prompts)
-        null = backbone.encode_text([""] * len(prompts)) if cfg.guidance != 1.0 else None
+        null = backbone.encode_text([cfg.negative] * len(prompts)) if cfg.guidance != 1.0 else None
+        later = [(frame, backbone.encode_text(others)) for frame, others in switches]
+        noise = clip_noise(backbone, seeds)
+
+        def roll(start: int, length: int, initial_BFCHW: Tensor | None) -> Iterator[Chunk]:
+            turns = [(frame - start, then) for frame, then in later]
+            return stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns)
+
+        if cfg.reroll is not None:
+            yield from _rollouts(backbone, latents, cfg.reroll, roll)
+            return
         decode = backbone.decoder()
-        for chunk in stream(backbone, text, latents, cfg, clip_noise(backbone, seeds), null_BLE=null):
+        for chunk in roll(0, latents, None):
             yield decode(chunk.latent_BFCHW)
+
+
+def _rollouts(backbone: Backbone, latents: int, cfg: RerollCfg, roll: Callable[[int, int, Tensor | None], Iterator[Chunk]]) -> Iterator[Tensor]:
+    """Pixels of a clip of several rollouts: `roll` makes (first latent frame, latent frames, given ones).
+
+    The shared frames are shown as the later rollout decodes them. Its first latent frame is what the encoder makes of the last
+    pixel frame that the earlier one shows of it; the encoder takes that for the first frame of a video, which is a latent of its own.
+    """
+    start, initial = 0, None
+    while True:
+        length = min(cfg.latents, latents - start)
+        hold = pixel_frames(cfg.overlap) if start + length < latents else 0
+        decode = backbone.decoder()
+        pixels: list[Tensor] = []  # held back
+        tail: list[Tensor] = []  # the last latent frames
+        for chunk in roll(start, length, initial):
+            tail = [torch.cat([*tail, chunk.latent_BFCHW], 1)[:, -cfg.overlap :]]
+            shown = torch.cat([*pixels, decode(chunk.latent_BFCHW)], 1)
+            pixels = [shown[:, max(0, shown.shape[1] - hold) :]]
+            yield shown[:, : max(0, shown.shape[1] - hold)]
+        if not hold:
+            return
+        initial = torch.cat([backbone.encode_pixels(pixels[0][:, :1]), tail[0][:, 1:]], 1)
+        start += length - cfg.overlap
+
+
+def latent_at(seconds: float, fps: int) -> int:
+    """The latent frame that is shown at a time of the clip."""
+    return latent_frames(round(seconds * fps) + 1, None) - 1

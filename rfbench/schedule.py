@@ -63,6 +63,14 @@ class Schedule:
         return tuple((shifted(u, self.shift) * TABLE).tolist())
 
 
+def wan_grid(count: int, shift: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """`count` timesteps and sigmas, noisiest first, as Wan's teachers are sampled: the sigmas begin at the shifted 0.999 and not at
+    1, and the network is told their thousandfold with the fraction cut off (Wan-Video/Wan2.1 wan/utils/fm_solvers_unipc.py)."""
+    first = torch.tensor(1 - 1 / TABLE, dtype=torch.float32).item()  # as rounded there
+    sigmas = shifted(torch.linspace(first, 0, count + 1, dtype=torch.float64)[:-1], shift).tolist()
+    return tuple(float(int(sigma * TABLE)) for sigma in sigmas), tuple(sigmas)
+
+
 def add_noise(x0_BFCHW: Tensor, noise_BFCHW: Tensor, sigma_BF: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise, in float64, returned in x0's dtype."""
     sigma = sigma_BF.double()[..., None, None, None]

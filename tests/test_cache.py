@@ -29,7 +29,7 @@ class View:
     """What a chunk looks back at: frames by number, oldest first, and which frames were averaged into which, in order."""
 
     frames: tuple[int, ...]
-    folds: tuple[tuple[int, int], ...]  # (frame that left, sink frame), since the beginning
+    folds: tuple[tuple[int, int, float], ...]  # (frame that left, sink frame, share of the old sink that stays), since the beginning
 
 
 def views(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
@@ -38,18 +38,19 @@ def views(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
     A chunk's frames come in together, so none of them may push out another.
     """
     held: list[int] = []
-    folds: list[tuple[int, int]] = []
+    folds: list[tuple[int, int, float]] = []
     found, count = [], 0
     for size in chunks:
-        gone = 0
+        gone: list[int] = []
         while cfg.window is not None and len(held) + size > cfg.window:
             sink = cfg.sink or 0
             if len(held) <= sink:
                 raise ValueError("no room")
-            frame = held.pop(sink)
-            if cfg.policy == "ema_sink" and sink:
-                folds.append((frame, held[gone % sink]))
-                gone += 1
+            gone.append(held.pop(sink))
+        if cfg.alpha is not None and cfg.sink and gone:
+            replace = cfg.mismatch == "overwrite" and len(gone) != cfg.sink
+            places = zip(gone, held[: cfg.sink] if replace else held[: cfg.sink] * len(gone), strict=False)
+            folds += [(frame, place, 0.0 if replace else cfg.alpha) for frame, place in places]
         found.append(View(tuple(held), tuple(folds)))
         held += range(count, count + size)
         count += size
@@ -60,15 +61,18 @@ def views(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
 def configs(draw: st.DrawFn) -> CacheCfg:
     policy = draw(st.sampled_from(["full", "window", "static_sink", "ema_sink"]))
     rope: Literal["relative", "absolute"] = draw(st.sampled_from(["relative"] if policy == "ema_sink" else ["relative", "absolute"]))
+    mismatch: Literal["average", "overwrite"] = draw(st.sampled_from(["average", "overwrite"]))
+    empty: Literal["ignored", "attended"] = draw(st.sampled_from(["ignored", "attended"]))
     if policy == "full":
         return CacheCfg(policy, rope=rope)
     window = draw(st.integers(1, 9))
     if policy == "window":
         return CacheCfg(policy, window=window, rope=rope)
     sink = draw(st.integers(1 if policy == "ema_sink" else 0, min(4, window)))
-    if policy == "static_sink":
-        return CacheCfg(policy, window=window, sink=sink, rope=rope)
-    return CacheCfg(policy, window=window, sink=sink, rope=rope, alpha=draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])), fold_dtype="float32")
+    cfg = CacheCfg("static_sink", window=window, sink=sink, rope=rope)
+    if policy == "ema_sink":
+        cfg = CacheCfg(policy, window=window, sink=sink, alpha=draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])), fold_dtype="float32", mismatch=mismatch)
+    return dataclasses.replace(cfg, empty_sink=empty) if sink and rope == "relative" else cfg
 
 
 def chunk_sizes(cfg: CacheCfg) -> st.SearchStrategy[list[int]]:
@@ -98,12 +102,13 @@ def test_plans_hold_what_a_queue_holds(cfg: CacheCfg, chunks: list[int]) -> None
 def follow(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
     """The plans of a policy, carried out on frame numbers."""
     held: list[int] = []
-    folds: list[tuple[int, int]] = []
+    folds: list[tuple[int, int, float]] = []
     found, count = [], 0
     for size in chunks:
         step = plan(cfg, len(held), size)
         assert sorted(step.keep) == list(step.keep)
-        folds += [(held[gone], held[sink]) for gone, sink in step.fold]
+        folds += [(held[gone], held[sink], cfg.alpha or 0.0) for gone, sink in step.fold]
+        folds += [(held[gone], held[sink], 0.0) for gone, sink in step.overwrite]
         held = [held[slot] for slot in step.keep]
         found.append(View(tuple(held), tuple(folds)))
         held += range(count, count + size)
@@ -111,17 +116,26 @@ def follow(cfg: CacheCfg, chunks: Sequence[int]) -> list[View]:
     return found
 
 
-def folded(value_of: dict[int, Tensor], view: View, alpha: float | None) -> list[Tensor]:
+def folded(value_of: dict[int, Tensor], view: View) -> list[Tensor]:
     """Per held frame what is left of it: its own value, or the moving average of a sink frame."""
     values = dict(value_of)
-    for gone, sink in view.folds:
-        assert alpha is not None
-        values[sink] = alpha * values[sink] + (1 - alpha) * value_of[gone]
+    for gone, sink, share in view.folds:
+        values[sink] = share * values[sink] + (1 - share) * value_of[gone]
     return [values[frame] for frame in view.frames]
 
 
 def positions(cfg: CacheCfg, frames: Sequence[int]) -> tuple[int, ...]:
     return tuple(frames) if cfg.rope == "absolute" else tuple(range(len(frames)))
+
+
+def attended(cfg: CacheCfg, frames: Sequence[int], new: int, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], dim: int) -> Tensor:
+    """Attention of raw queries of the last `new` frames over raw keys of all, the empty sink slots behind them where they count."""
+    at = positions(cfg, frames)
+    empty = max(0, (cfg.sink or 0) - len(frames)) if cfg.empty_sink == "attended" else 0
+    turned = rotate(k, rotations(at, *grid, dim, CPU))
+    nothing = torch.zeros(len(k), grid[0] * grid[1] * empty, *k.shape[2:])
+    last = tuple(place + empty for place in at[-new:])
+    return attend(rotate(q, rotations(last, *grid, dim, CPU)), torch.cat([turned, nothing], 1), torch.cat([v, nothing], 1))
 
 
 @settings(max_examples=60)
@@ -142,10 +156,9 @@ def test_every_pass_attends_to_what_is_held_at_its_positions(stream: tuple[Cache
                 own = range(first, first + size)
                 keys[layer] |= dict(zip(own, k.split(2, 1), strict=True))
                 values[layer] |= dict(zip(own, v.split(2, 1), strict=True))
-                at = positions(cfg, (*view.frames, *own))
-                all_k = torch.cat([*folded(keys[layer], view, cfg.alpha), k], 1)
-                all_v = torch.cat([*folded(values[layer], view, cfg.alpha), v], 1)
-                wanted = attend(rotate(q, rotations(at[-size:], 1, 2, 12, CPU)), rotate(all_k, rotations(at, 1, 2, 12, CPU)), all_v)
+                all_k = torch.cat([*folded(keys[layer], view), k], 1)
+                all_v = torch.cat([*folded(values[layer], view), v], 1)
+                wanted = attended(cfg, (*view.frames, *own), size, q, all_k, all_v, (1, 2), 12)
                 if graded:
                     with torch.enable_grad():
                         assert distance(attend(*cache.extend(layer, q, k, v)), wanted) < 1e-5
@@ -174,13 +187,11 @@ def recomputed(model: WanDiT, cfg: CacheCfg, clean: Tensor, noisy: Tensor, t: fl
         out = []
         for size, start, view in zip(chunks, starts, views(cfg, chunks), strict=True):
             own = slice(start * tokens, (start + size) * tokens)
-            at = positions(cfg, (*view.frames, *range(start, start + size)))
             seen = []
             for raw in (k, v):  # both halves of the batch look back at clean frames
-                past = folded(dict(enumerate(raw[: len(clean)].split(tokens, 1))), view, cfg.alpha)
+                past = folded(dict(enumerate(raw[: len(clean)].split(tokens, 1))), view)
                 seen.append(torch.cat([*(part.repeat(2, 1, 1, 1) for part in past), raw[:, own]], 1))
-            turned = rotate(q[:, own], rotations(at[-size:], height, width, dim, CPU))
-            out.append(attend(turned, rotate(seen[0], rotations(at, height, width, dim, CPU)), seen[1]))
+            out.append(attended(cfg, (*view.frames, *range(start, start + size)), size, q[:, own], seen[0], seen[1], (height, width), dim))
         x = x + gate1 * block.self_attn.o(torch.cat(out, 1).flatten(-2)).view_as(x)
         query = block.cross_attn.queries(block.norm3(x).flatten(1, 2))
         x = x + block.cross_attn.o(attend(query, *text_kv).flatten(-2)).view_as(x)
@@ -316,3 +327,51 @@ def test_earlier_chunks_get_no_gradient_and_their_keys_are_left_alone() -> None:
     assert all(tensor.grad is None for tensor in past)
     assert all(tensor.grad is not None and tensor.grad.abs().min() > 0 for tensor in own)
     assert all(torch.equal(a, b) for a, b in zip(before, (cache.rotated[0], cache.raw[0], cache.values[0]), strict=True))
+
+
+@pytest.mark.parametrize(("policy", "rope"), [("full", "absolute"), ("full", "relative"), ("ema_sink", "relative")])
+def test_gradients_in_place_go_to_the_last_pass_under_autograd_at_the_values_of_the_clean_one(
+    policy: str, rope: Literal["absolute", "relative"]
+) -> None:
+    """Against a softmax over tensors that are written out: clean values, and differences to the graded ones that are zero."""
+    alpha = 0.75
+    cfg = CacheCfg("full", rope=rope) if policy == "full" else CacheCfg("ema_sink", window=2, sink=1, alpha=alpha, fold_dtype="float32")
+    cache = KVCache(cfg, dataclasses.replace(SHAPE, layers=1, latents=3), dtype=torch.float32, device=CPU, gradients="in_place")
+    size = (2, 2, 2, 12)
+    graded = [[normal(*size, seed=10 * i + j).requires_grad_() for j in range(2)] for i in range(3)]
+    clean = [[normal(*size, seed=100 + 10 * i + j) for j in range(2)] for i in range(3)]
+    query = normal(*size, seed=5)
+    for i in range(3):
+        cache.begin(1)
+        result = attend(*cache.extend(0, query, *graded[i]))
+        with torch.no_grad():
+            cache.extend(0, query, *clean[i])
+    weight = normal(*size, seed=6)
+    found = torch.autograd.grad((result * weight).sum(), [tensor for pair in graded for tensor in pair], allow_unused=True)
+
+    mixed = [[now + (then - then.detach()) for then, now in zip(*pair, strict=True)] for pair in zip(graded, clean, strict=True)]
+    if policy == "ema_sink":  # the second frame left when the third came
+        mixed = [[alpha * a + (1 - alpha) * b for a, b in zip(mixed[0], mixed[1], strict=True)]]
+    k, v = (torch.cat([*(pair[j] for pair in mixed[:2]), graded[2][j]], 1) for j in range(2))
+    wanted_result = attended(cfg, range(len(mixed[:2]) + 1), 1, query, k, v, (1, 2), 12)
+    assert distance(result.detach(), wanted_result.detach()) < 1e-6
+    wanted = torch.autograd.grad((wanted_result * weight).sum(), [tensor for pair in graded for tensor in pair], allow_unused=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert a is not None and b is not None and distance(a, b) < 1e-5
+
+
+@torch.no_grad()
+def test_frames_come_in_again_after_a_rewind_and_the_sink_stays() -> None:
+    cache = KVCache(CacheCfg("static_sink", window=7, sink=2, rope="absolute"), SHAPE, dtype=torch.float32, device=CPU)
+    for _ in range(4):
+        cache.begin(3)
+        for layer in range(2):
+            cache.extend(layer, *(normal(2, 6, 2, 12, seed=i) for i in range(3)))
+    assert cache.numbers == [0, 1, 7, 8, 9, 10, 11]
+    before = [cache.values[layer][:, :4].clone() for layer in range(2)]
+    assert cache.rewind() == [7, 8, 9, 10, 11]
+    cache.begin(2)
+    assert cache.numbers == [0, 1, 7, 8]
+    cache.begin(3)
+    assert cache.numbers == [0, 1, 7, 8, 9, 10, 11] and cache.frames == 12
+    assert all(torch.equal(cache.values[layer][:, :4], before[layer]) for layer in range(2))

@@ -3,10 +3,8 @@
 RFBENCH_GOLDEN names the folder (default: tests/golden, whose README says what lies there), so that cases nobody saw can be run. Cases of other
 kinds than A to F are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
 
-The reference writes to its cache in place, which routes gradients through cached keys and values (D-34). Here cached keys and
-values never carry gradients, so parameter gradients are compared with the reference's `grad_detached_cache.*`; `grad.*` of
-a rollout is not implemented. Where the reference evicts another number of frames than the sink has, it overwrites the sink
-(D-12), and where a chunk is smaller than the sink, it attends to empty slots (D-37): not implemented either, and skipped.
+What the reference does and nobody would choose has names of its own: gradients through a cache that is written in place (D-34,
+`cache_gradients`), a sink that is overwritten (D-12, `mismatch`), empty slots that are attended to (D-37, `empty_sink`).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from rfbench.backbones.base import Decoder
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT, block_causal_mask
 from rfbench.backbones.wan.text import UMT5Cfg, embed, load_encoder
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
-from rfbench.cache import CacheShape, KVCache
+from rfbench.cache import CacheShape, Gradients, KVCache
 from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, SamplerCfg, ScoreCfg, WeightsCfg
 from rfbench.methods.dmd import Dmd, matching_gradient, matching_loss, score_timesteps
 from rfbench.methods.ode import regression
@@ -119,30 +117,26 @@ def backbone(model: WanDiT, height: int, width: int) -> Tiny:
     return found
 
 
-def cache_cfg(reference: str, about: dict[str, Any], *, held: int, frames: int) -> CacheCfg:
-    """The policy that does what a reference does with a buffer of `held` frames and a clip of `frames`."""
+def cache_cfg(reference: str, about: dict[str, Any], *, held: int, frames: int, chunk: int) -> CacheCfg:
+    """The policy that does what a reference does with a buffer of `held` frames and a clip of `frames` in chunks of `chunk`."""
     window, sink, alpha = about["local_attn_size"], about["sink_size"], about.get("ema_alpha")
-    rope: Any = "absolute" if reference in ("Self-Forcing", "sf") else "relative"
+    if reference in ("Self-Forcing", "sf"):
+        if window == -1:
+            assert frames <= held
+            return CacheCfg("full", rope="absolute")
+        if held > window or not sink:  # a sink sits in the buffer, outside the window
+            return CacheCfg("window", window=window, rope="absolute")
+        return CacheCfg("static_sink", window=window, sink=sink, rope="absolute")
     if window == -1:
         assert frames <= held
-        return CacheCfg("full", rope=rope)
+        window = held
+    if not sink:
+        return CacheCfg("window", window=window)
+    empty: Any = "attended" if chunk < sink else "ignored"
     if frames > held and reference in ("Reward-Forcing", "rf"):
         assert held == window and alpha is not None
-        return CacheCfg("ema_sink", window=window, sink=sink, alpha=alpha, fold_dtype="float32")
-    if held > window and rope == "absolute":  # the sink sits in the buffer, outside the window
-        sink = 0
-    return CacheCfg("static_sink", window=window, sink=sink, rope=rope) if sink else CacheCfg("window", window=window, rope=rope)
-
-
-def refuse_what_is_missing(cfg: CacheCfg, chunk: int, chunks: int) -> None:
-    """Skip what the released code does to a sink that does not fit the chunk."""
-    if cfg.sink is None or cfg.window is None or cfg.rope == "absolute":
-        return
-    if chunk < cfg.sink:
-        pytest.skip("the reference attends to empty sink slots while fewer frames than the sink are there (D-37); not implemented")
-    gone = [max(0, min(cfg.window, n * chunk) + chunk - cfg.window) for n in range(chunks)]
-    if cfg.policy == "ema_sink" and set(gone) - {0, cfg.sink}:
-        pytest.skip("the reference overwrites the sink where it evicts another number of frames than the sink has (D-12); not implemented")
+        return CacheCfg("ema_sink", window=window, sink=sink, alpha=alpha, fold_dtype="float32", mismatch="overwrite", empty_sink=empty)
+    return CacheCfg("static_sink", window=window, sink=sink, empty_sink=empty)
 
 
 @pytest.mark.parametrize("path", cases(KINDS[0]))
@@ -169,9 +163,8 @@ def test_streaming_network(path: Path) -> None:
     case = read(path)
     about, chunk, chunks = case.about["variant"], case.about["variant"]["num_frame_per_block"], case.about["variant"]["num_blocks"]
     slots = about["kv_cache_frames"]
-    cfg = cache_cfg(case.about["reference"], about, held=slots, frames=chunk * chunks)
+    cfg = cache_cfg(case.about["reference"], about, held=slots, frames=chunk * chunks, chunk=chunk)
     assert about["max_attention_frames"] == (slots if cfg.window is None else cfg.window)
-    refuse_what_is_missing(cfg, chunk, chunks)
     model, noisy, clean = case.model(), case["in.noisy"], case["in.clean"]
     rows, columns = noisy.shape[3] // model.cfg.patch[1], noisy.shape[4] // model.cfg.patch[2]
     shape = CacheShape(model.cfg.num_layers, len(noisy), model.cfg.num_heads, model.cfg.head_dim, rows, columns, slots)
@@ -240,8 +233,8 @@ def test_sampler(path: Path) -> None:
     about, chunk = case.about["variant"], case.about["variant"]["num_frame_per_block"]
     given, frames = case.tensors.get("in.initial_latent"), case["out.latents"].shape[1]
     assert about["context_noise"] == 0
-    cache = cache_cfg(case.about["reference"], about, held=about["local_attn_size"] if about["local_attn_size"] != -1 else frames, frames=frames)
-    refuse_what_is_missing(cache, chunk, frames // chunk)
+    held = about["local_attn_size"] if about["local_attn_size"] != -1 else frames
+    cache = cache_cfg(case.about["reference"], about, held=held, frames=frames, chunk=chunk)
     cfg = SamplerCfg(tuple(about["denoising_step_list"]), about["timestep_shift"], about["warp_denoising_step"], chunk, cache=cache)
     model, steps = case.model(), timesteps(cfg)
     batch, _, _, height, width = case["out.latents"].shape
@@ -298,8 +291,7 @@ def distillation(case: Case) -> tuple[Dmd, SamplerCfg]:
     """DMD or Re-DMD between the case's three networks."""
     about, args = case.about, case.about["args"]
     frames = case["in.initial_noise"].shape[1] if "in.initial_noise" in case.tensors else args["num_training_frames"]
-    cache = cache_cfg(about["reference"], args["model_kwargs"], held=args["num_training_frames"], frames=frames)
-    refuse_what_is_missing(cache, args["num_frame_per_block"], 1)
+    cache = cache_cfg(about["reference"], args["model_kwargs"], held=args["num_training_frames"], frames=frames, chunk=args["num_frame_per_block"])
     last = float(Schedule(about["generator_scheduler_shift"]).sigmas[-1])  # "no" noise on the clean pass (D-32)
     steps, shift, chunk = tuple(args["denoising_step_list"]), about["generator_scheduler_shift"], args["num_frame_per_block"]
     sampler = SamplerCfg(steps, shift, args["warp_denoising_step"], chunk, context_noise=last, cache=cache)
@@ -324,19 +316,20 @@ def test_distillation_of_the_generator(path: Path) -> None:
     assert sampler.chunk is not None
     chunk, first, text = sampler.chunk, case["in.initial_noise"], case["in.context"]
     batch, frames, exit_step = first.shape[0], first.shape[1], int(case["in.exit_flags"][0])
-    draws = []
-    for number, noise in enumerate(first.split(chunk, dim=1)):
-        renoise = case["in.renoise"][number].unflatten(1, (batch, chunk)) if exit_step else ()
-        draws += [noise, *renoise, case["in.context_noise"][number].unflatten(0, (batch, chunk))]
-    supply = iter(draws)
-    rollout = stream(method.student, text, frames, sampler, lambda _: next(supply), exit_step=exit_step, grad_from=max(0, frames - 21))
-    video, mask_BF = torch.cat([part.latent_BFCHW for part in rollout], dim=1), torch.ones(batch, 21)
-    if frames > 21:
-        with torch.no_grad():
-            pixels = method.student.decoder()(video[:, :-20])
-            again = method.student.encode_pixels(pixels[:, -1:])
-        video = torch.cat([again, video[:, -20:]], dim=1)
-        mask_BF[:, :chunk] = 0
+
+    def judged(gradients: Gradients) -> tuple[Tensor, Tensor | None]:
+        draws = []
+        for number, noise in enumerate(first.split(chunk, dim=1)):
+            renoise = case["in.renoise"][number].unflatten(1, (batch, chunk)) if exit_step else ()
+            draws += [noise, *renoise, case["in.context_noise"][number].unflatten(0, (batch, chunk))]
+        supply, since = iter(draws), max(0, frames - method.cfg.latents)
+        rollout = stream(
+            method.student, text, frames, sampler, lambda _: next(supply), exit_step=exit_step, grad_from=since, cache_gradients=gradients
+        )
+        return method.judged(torch.cat([part.latent_BFCHW for part in rollout], dim=1))
+
+    video, mask_BF = judged("detached")
+    if mask_BF is not None:
         case.compare("out.gradient_mask", mask_BF[..., None, None, None].expand_as(video))
     video.retain_grad()
     case.compare("out.pred_video", video.detach())
@@ -370,7 +363,10 @@ def test_distillation_of_the_generator(path: Path) -> None:
     assert video.grad is not None
     case.compare("out.dloss_dpred_video", video.grad)
     case.compare_gradients("grad_detached_cache", method.modules["generator"])
-    case.check(leave_out=(r"out\.grad\.", r"out\.grad_norm_all_params"))
+    method.modules["generator"].zero_grad()
+    judged("in_place")[0].backward(video.grad)
+    case.compare_gradients("grad", method.modules["generator"])
+    case.check()
 
 
 @pytest.mark.parametrize("path", cases(KINDS[5]))

@@ -17,7 +17,7 @@ PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
-    {"attention", "cache", "schedule", "hardware", "data", "weights", "video"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
     {"sampler", "backbones", "reward", "baselines"},
     {"methods", "scorers", "timing"},
     {"stopwatch"},

@@ -67,24 +67,47 @@ class Dmd:
             text = self.student.encode_text(prompts)
         exit_step = int(torch.randint(self.exits, (1,), generator=torch.Generator().manual_seed(batch.shared)))
         rollout = stream(
-            self.student, text, self.recipe.latents, self.recipe.sampler, draws, exit_step=exit_step, grad_from=0 if "generator" in turns else None
+            self.student,
+            text,
+            self.recipe.latents,
+            self.recipe.sampler,
+            draws,
+            exit_step=exit_step,
+            grad_from=max(0, self.recipe.latents - self.cfg.latents) if "generator" in turns else None,
+            cache_gradients=self.cfg.cache_gradients,
         )
-        video = torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1)
+        video, mask_BF = self.judged(torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1))
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if "generator" in turns:
-            t_B, noise = self._score_draws(draws), draws(self.recipe.latents)
+            t_B, noise = self._score_draws(draws), draws(video.shape[1])
             with torch.no_grad():
                 gradient = matching_gradient(video, *self.scores(video, noise, t_B, text))
                 weight_B, stats = self.weights(video, prompts)
-            loss_B = matching_loss(video, gradient)
+            loss_B = matching_loss(video, gradient, mask_BF)
             losses["generator"] = (weight_B * loss_B).mean()
             stats |= {"loss": loss_B.detach(), "matching_gradient": gradient.abs().mean((1, 2, 3, 4))}
         if "critic" in turns:
-            error_B = self.critic_error(video.detach(), draws(self.recipe.latents), self._score_draws(draws), text)
+            error_B = self.critic_error(video.detach(), draws(video.shape[1]), self._score_draws(draws), text)
             losses["critic"] = error_B.mean()
             stats["critic_loss"] = error_B.detach()
         return losses, stats
+
+    def judged(self, video_BFCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The part of a rollout that the score models see, and which of its frames take part in the student's loss.
+
+        Of a rollout that is too long for them, the last frames. Their first was made as a later one; the score models get in its
+        place what the encoder makes of the last pixel frame before the others, as a clip's first frame. Its chunk is left out of
+        the loss (Self Forcing, long rollouts).
+        """
+        if video_BFCHW.shape[1] <= self.cfg.latents:
+            return video_BFCHW, None
+        before, last = video_BFCHW[:, : 1 - self.cfg.latents], video_BFCHW[:, 1 - self.cfg.latents :]
+        with torch.no_grad():
+            first = self.student.encode_pixels(self.student.decoder()(before)[:, -1:])
+        mask_BF = torch.ones(len(video_BFCHW), self.cfg.latents, device=video_BFCHW.device)
+        mask_BF[:, : self.recipe.sampler.chunk] = 0
+        return torch.cat([first, last], 1), mask_BF
 
     def _score_draws(self, draws: Draws) -> Tensor:
         return score_timesteps(draws.uniform(), self.recipe.sampler.shift, self.cfg)
@@ -96,7 +119,7 @@ class Dmd:
         sigma_B1 = self.score_schedule.sigma(t_B1)
         real = flow_to_x0(self.teacher.denoiser(noisy, t_B1, text_BLE), noisy, sigma_B1)
         if self.cfg.guidance != 1.0:
-            null = self.teacher.encode_text([""] * len(text_BLE))
+            null = self.teacher.encode_text([self.cfg.negative] * len(text_BLE))
             real = real + (self.cfg.guidance - 1) * (real - flow_to_x0(self.teacher.denoiser(noisy, t_B1, null), noisy, sigma_B1))
         return real, flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, sigma_B1)
 

@@ -80,7 +80,7 @@ def solve_pairs(
         seen: list[Tensor] = []
         with torch.no_grad():
             text = teacher.encode_text(prompts)
-            null = teacher.encode_text([""] * len(prompts)) if solver.guidance != 1.0 else None
+            null = teacher.encode_text([solver.negative] * len(prompts)) if solver.guidance != 1.0 else None
             draws = Draws(teacher.shape, seeds[start : start + part])
             (chunk,) = stream(teacher, text, latents, solver, draws, null_BLE=null, watch=seen.append)
         paths.append(torch.stack([*(seen[number] for number in numbers), chunk.latent_BFCHW], dim=1))

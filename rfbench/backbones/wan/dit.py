@@ -4,6 +4,8 @@ Parameter names are those of the original checkpoints. The network predicts the 
 noisy frames, one timestep per frame, and text. What a token may attend to is the caller's choice: all tokens
 (bidirectional), those a dense mask allows, or the frames of a `KVCache` (streaming).
 
+Every layer computes in the dtype that its own weights are stored in. So precision is a matter of storage, see `WanDiT.store`.
+
 Source of the semantics: Wan-Video/Wan2.1 wan/modules/model.py and the causal variants of its descendants, re-implemented.
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, N tokens per frame, S = F N tokens, M width,
@@ -13,6 +15,7 @@ L text tokens, E text width, h heads, D head width.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -25,11 +28,17 @@ from rfbench.attention import attend, rotate, rotations
 from rfbench.cache import KVCache
 
 TextKV = list[tuple[Tensor, Tensor]]  # per layer, cross-attention keys and values [B, L, h, D]
+ISLANDS = re.compile(r"time_|fps_|modulation|norm|^head\.")  # the weights that Wan's own network applies outside of bf16 autocast
 
 
 @dataclass(frozen=True)
 class DiTCfg:
-    """Sizes; `patch` is (frames, rows, columns)."""
+    """Sizes; `patch` is (frames, rows, columns).
+
+    `islands`: time embedding, modulation, norms, residual stream and head stay in float32 whatever dtype the rest has, as in
+    Wan's own network. The students of the Self Forcing family have no such islands. In float32 there is no difference.
+    `fps`: the network is told the frame rate, in five tensors more (SkyReels-V2-DF-1.3B; it knows 16 and everything else).
+    """
 
     dim: int
     ffn_dim: int
@@ -42,6 +51,8 @@ class DiTCfg:
     freq_dim: int = 256
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    islands: bool = False
+    fps: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -56,6 +67,13 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class Linear(nn.Linear):
+    """A product in the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Norm(nn.Module):
     """RMS norm over the full width, before the split into heads."""
 
@@ -65,7 +83,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_BSM: Tensor) -> Tensor:
-        return functional.rms_norm(x_BSM, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x_BSM.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -74,7 +92,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: DiTCfg) -> None:
         super().__init__()
         self.heads = cfg.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = Norm(cfg.dim, cfg.eps), Norm(cfg.dim, cfg.eps)
 
     def split(self, x_BSM: Tensor) -> Tensor:
@@ -105,7 +123,7 @@ class Block(nn.Module):
         self.layer, self.cfg = layer, cfg
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
         self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x_BFNM: Tensor, time_BF6M: Tensor, text_kv: tuple[Tensor, Tensor], scope: Scope) -> Tensor:
@@ -137,7 +155,7 @@ class Head(nn.Module):
     def __init__(self, cfg: DiTCfg) -> None:
         super().__init__()
         self.eps = cfg.eps
-        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch) * cfg.out_dim)
+        self.head = Linear(cfg.dim, math.prod(cfg.patch) * cfg.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x_BFNM: Tensor, time_BFM: Tensor) -> Tensor:
@@ -152,11 +170,24 @@ class WanDiT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch, cfg.patch)
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, cfg.dim * 6))
+        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(cfg.dim, cfg.dim * 6))
+        if cfg.fps is not None:
+            self.fps_embedding = nn.Embedding(2, cfg.dim)
+            self.fps_projection = nn.Sequential(Linear(cfg.dim, cfg.dim), nn.SiLU(), Linear(cfg.dim, cfg.dim * 6))
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.head = Head(cfg)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents, noise and flow."""
+        return self.head.head.weight.dtype
+
+    def store(self, dtype: torch.dtype) -> None:
+        """Keep the weights in `dtype`, but those of the float32 islands that `cfg` has, and compute in these dtypes."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if self.cfg.islands and ISLANDS.search(name) else dtype)
 
     def text_kv(self, text_BLE: Tensor) -> TextKV:
         """Cross-attention keys and values of all layers. Zero rows of padding are embedded and attended to like any other."""
@@ -177,8 +208,10 @@ class WanDiT(nn.Module):
         """
         height, width = x_BFCHW.shape[-2] // self.cfg.patch[1], x_BFCHW.shape[-1] // self.cfg.patch[2]
         x_BFNM = self._embed_patches(x_BFCHW)
-        time = self.time_embedding(timestep_embedding(t_BF, self.cfg.freq_dim).to(x_BFNM.dtype))
+        time = self.time_embedding(timestep_embedding(t_BF, self.cfg.freq_dim))
         six = self.time_projection(time).unflatten(-1, (6, -1))
+        if self.cfg.fps is not None:
+            six = six + self.fps_projection(self.fps_embedding.weight[int(self.cfg.fps != 16)]).unflatten(-1, (6, -1))
         keys_values = self.text_kv(text) if isinstance(text, Tensor) else text
         if cache is None:
             rotation = rotations(tuple(range(x_BFNM.shape[1])), height, width, self.cfg.head_dim, x_BFNM.device)
@@ -194,7 +227,8 @@ class WanDiT(nn.Module):
         frames, rows, columns = self.cfg.patch
         x = x_BFCHW.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(1, (-1, frames))
         patches = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(2, 3)
-        return functional.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        weight = self.patch_embedding.weight.flatten(1)
+        return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
     def _unpatch(self, x_BFNO: Tensor, height: int, width: int) -> Tensor:
         _, rows, columns = self.cfg.patch
