@@ -192,10 +192,11 @@ class ScoreCfg:
     t_min: int = 20
     t_max: int = 980
 
-
     negative: str = ""  # prompt of the teacher's unconditional score
     latents: int = 21  # longest clip that is judged: of a longer rollout the last frames, the first of them made anew from pixels
     cache_gradients: Literal["detached", "in_place"] = "detached"  # whether cached keys and values carry gradients, as in the release (D-34)
+
+
 @dataclass(frozen=True)
 class RewardCfg:
     """Weight exp(reward / beta) of each sample's distribution matching gradient (Re-DMD)."""
