@@ -139,7 +139,7 @@ def _baselines() -> Iterator[Check]:
 
     def found(name: str) -> str:
         path = weights.resolve(config.load(Baseline, name).weights, config.find(Baseline, name))
-        return f"{path.stat().st_size / 2**20:.1f} MiB of weights"
+        return f"{sum(file.stat().st_size for file in weights.files_of(path)) / 2**20:.1f} MiB of weights"
 
     yield from _each("baseline", list(config.names_of(Baseline)), found)
 

@@ -1,0 +1,154 @@
+"""The shipped baselines against what is known of the systems: settings, sizes, identities, and the numbers that people printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rfbench import baselines, config, strict
+from rfbench.config import Baseline, Reported
+from rfbench.errors import UserError
+from rfbench.sampler import timesteps
+
+WAN = {name: config.load(Baseline, name) for name in config.names_of(Baseline) if name.startswith("wan/")}
+WARPED = (1000, 937.5, 833.333, 625)  # 1000, 750, 500, 250 looked up in the table of shift 5
+
+# Window (sink and chunk counted in), sink, RoPE, timesteps and shift of each system, and the GiB of its K and V in bfloat16 over 30 layers
+# of 1560 x 1536 per frame: read off the authors' configurations and code. None: the whole clip at once, without a cache.
+SYSTEMS: dict[str, tuple[int | None, int | None, str | None, tuple[float, ...] | int, float, float | None]] = {
+    "reward-forcing": (9, 3, "relative", WARPED, 5.0, 2.41),
+    "reward-forcing-fp32": (9, 3, "relative", WARPED, 5.0, 2.41),
+    "self-forcing": (21, None, "absolute", WARPED, 5.0, 5.62),
+    "self-forcing-sid": (21, None, "absolute", WARPED, 5.0, 5.62),
+    "self-forcing-gan": (21, None, "absolute", WARPED, 5.0, 5.62),
+    "causvid": (21, None, "absolute", (1000, 757, 522), 8.0, 5.62),
+    "causvid-warp4": (21, None, "absolute", (1000, 960, 888.889, 727.273), 8.0, 5.62),
+    "longlive-1.0": (12, 3, "absolute", WARPED, 5.0, 3.21),
+    "longlive-1.0-infinity": (12, 3, "relative", WARPED, 5.0, 3.21),
+    "infinite-forcing": (6, 1, "relative", WARPED, 5.0, 1.61),
+    "wan2.1-1.3b": (None, None, None, 50, 8.0, None),
+    "wan2.1-14b": (None, None, None, 50, 5.0, None),
+}
+
+
+def test_every_system_is_there() -> None:
+    assert {name.removeprefix("wan/") for name in WAN} >= SYSTEMS.keys()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_sampler_is_the_systems_own(name: str) -> None:
+    window, sink, rope, steps, shift, gib = SYSTEMS[name]
+    found = WAN[f"wan/{name}"]
+    cfg, cache = found.sampler, found.sampler.cache
+    assert (cfg.shift, cfg.context_noise) == (shift, 0.0)
+    if isinstance(steps, int):
+        assert (cfg.steps, cfg.chunk, cache, cfg.solver, found.max_latents) == (steps, None, None, "unipc", 21)
+        assert cfg.guidance == {"wan2.1-1.3b": 6.0, "wan2.1-14b": 5.0}[name] and len(cfg.negative) == 137
+        return
+    assert cache is not None and cache.window is not None
+    assert (cfg.chunk, cfg.guidance, cfg.solver) == (3, 1.0, "renoise")
+    assert (cache.window, cache.sink, cache.rope) == (window, sink, rope)
+    assert timesteps(cfg) == pytest.approx(steps, abs=1e-3)
+    assert round(cache.window * 1560 * 1536 * 30 * 2 * 2 / 2**30, 2) == gib
+    assert cache.policy == ("ema_sink" if "reward" in name else "static_sink" if sink else "window")
+    assert found.max_latents == (1024 if rope == "absolute" and cfg.reroll is None else None)  # the authors' table of absolute positions ends there
+
+
+def differences(left: Any, right: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        return {where: pair for key in left for where, pair in differences(left[key], right[key], f"{at}.{key}".strip(".")).items()}
+    return {} if left == right else {at: (left, right)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "wanted"),
+    [
+        ("reward-forcing", "reward-forcing-fp32", {"sampler.cache.fold_dtype": ("bfloat16", "float32")}),
+        ("longlive-1.0", "longlive-1.0-infinity", {"sampler.cache.rope": ("absolute", "relative"), "max_latents": (1024, None)}),
+        ("self-forcing", "self-forcing-gan", {"weights.file": ("checkpoints/self_forcing_dmd.pt", "checkpoints/self_forcing_gan.pt")}),
+    ],
+)
+def test_variants_differ_in_what_makes_them_variants(one: str, other: str, wanted: dict[str, tuple[Any, Any]]) -> None:
+    found = differences(strict.as_plain(WAN[f"wan/{one}"]), strict.as_plain(WAN[f"wan/{other}"]))
+    told = {key: pair for key, pair in found.items() if key not in ("title", "reported", "weights.bytes", "weights.sha256")}
+    assert told == wanted
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_where_it_comes_from_is_said_in_full(name: str) -> None:
+    found = WAN[name]
+    assert found.weights.repo and found.license.code and found.license.weights
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", found.code or "")
+    assert found.paper is None or re.fullmatch(r"arXiv:\d{4}\.\d{5}", found.paper)
+    for part in (found.weights, *([found.weights.lora] if found.weights.lora else [])):
+        assert part.sha256 is None or re.fullmatch("[0-9a-f]{64}", part.sha256)
+        assert (part.sha256 is None) == (part.bytes is None)
+    assert found.weights.revision is None or re.fullmatch("[0-9a-f]{40}", found.weights.revision)
+    assert found.weights.revision is not None or found.weights.sha256 is None, "a hash belongs to a revision"
+    assert "nc" not in found.license.weights.split("-") or "no commercial use" in found.license.note
+
+
+ROWS = [(name, row) for name, found in WAN.items() for row in found.reported]
+TABLES: dict[tuple[str, ...], dict[str, Reported]] = {}
+for _name, _row in ROWS:
+    _suite, _, _metric = _row.metric.partition(".")
+    if _metric in ("total", "quality", "semantic"):
+        TABLES.setdefault((_name, _suite, _row.by, _row.source), {})[_metric] = _row
+WHOLE = {key: rows for key, rows in TABLES.items() if len(rows) == 3}
+
+
+@pytest.mark.parametrize("key", WHOLE, ids=" | ".join)
+def test_a_printed_total_follows_from_quality_and_semantic(key: tuple[str, ...]) -> None:
+    """VBench's Total is (4 Quality + Semantic) / 5. All three are printed rounded, mostly to two places."""
+    total, quality, semantic = (WHOLE[key][metric].value for metric in ("total", "quality", "semantic"))
+    place = 0.1 if all(round(value, 1) == value for value in (total, quality, semantic)) else 0.01
+    assert abs(total - (4 * quality + semantic) / 5) <= place + 1e-9  # half a place of the total and half a place of the others' mean
+
+
+def test_there_are_totals_to_check() -> None:
+    assert len(WHOLE) >= 14
+
+
+@pytest.mark.parametrize("name", [name for name, found in WAN.items() if found.reported])
+def test_a_row_says_who_measured_what(name: str) -> None:
+    rows = WAN[name].reported
+    assert len({(row.metric, row.by, row.source) for row in rows}) == len(rows)
+    for row in rows:
+        assert row.by and row.source and re.fullmatch(r"fps|latency_s|(vbench|vbench_long|drift|qwen3vl|videoreward)\.\w+", row.metric)
+        percent = row.metric.startswith("vbench")
+        assert (20 < row.value < 100) if percent else (1 <= row.value <= 5) if row.metric.startswith("qwen3vl") else row.value > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "wanted"),
+    [
+        ("reward-forcing", "vbench.total", {84.13}),
+        ("self-forcing", "vbench.total", {84.31, 83.80, 83.00}),
+        ("longlive-1.0", "vbench.total", {84.87, 83.22}),
+        ("causvid", "vbench.total", {81.20, 82.88}),
+        ("wan2.1-1.3b", "vbench.total", {84.26, 83.31, 84.67, 82.78}),
+        ("wan2.1-14b", "vbench.total", {83.69, 83.7}),
+        ("reward-forcing", "fps", {23.1, 13.7}),
+        ("longlive-1.0", "fps", {20.7, 24.8, 18.16, 8.4}),
+        ("infinite-forcing", "vbench.total", set()),
+    ],
+)
+def test_papers_that_contradict_each_other_stand_side_by_side(name: str, metric: str, wanted: set[float]) -> None:
+    assert {row.value for row in WAN[f"wan/{name}"].reported if row.metric == metric} == wanted
+
+
+def test_the_last_part_of_a_name_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.find(Baseline, "self-forcing") == config.find(Baseline, "wan/self-forcing")
+    assert baselines.prepare("self-forcing", random_weights=True).name == "wan/self-forcing"
+    with pytest.raises(UserError, match=r"there is no baseline 'self-forcin'; did you mean 'wan/self-forcing'\?"):
+        config.find(Baseline, "self-forcin")
+    for name in ("a/teacher", "b/teacher", "b/c/student", "student"):
+        (tmp_path / "baselines" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "baselines" / f"{name}.yaml").write_text("")
+    monkeypatch.setattr(config, "HOME", tmp_path)
+    with pytest.raises(UserError, match=r"baseline 'teacher' can be a/teacher or b/teacher; write the whole name"):
+        config.find(Baseline, "teacher")
+    assert config.whole_name(Baseline, "student") == "student" and config.whole_name(Baseline, "c/student") == "b/c/student"
