@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rfbench import config, strict
-from rfbench.backbones.base import Backbone, latent_frames, load, open_backbone, pixel_frames
+from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, pixel_frames
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.weights import identity, resolve
@@ -27,6 +27,8 @@ class Prepared:
     name: str  # of its runs
     cfg: Baseline
     weights: Path | None  # None: random
+    parts: tuple[tuple[str, str], ...] = ()  # what the backbone brings along: role and sha256
+    reduced: bool = False  # random weights of a small network of the same architecture
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -36,7 +38,8 @@ class Prepared:
         """What of a baseline is a declared input of a run. The commit that trained it is not: the weights' hash says more."""
         plain = strict.as_plain(self.cfg)
         plain["trained_by"].pop("code", None)
-        return {"baseline": plain, "weights_sha256": self.weights_sha256}
+        found: dict[str, Any] = {"baseline": plain, "weights_sha256": self.weights_sha256}
+        return found | ({"parts": dict(self.parts)} if self.parts else {}) | ({"reduced": True} if self.reduced else {})
 
     def latents(self, frames: int, asked_by: str) -> int:
         """Latent frames of a clip of at least `frames` pixel frames, in whole chunks.
@@ -51,20 +54,25 @@ class Prepared:
 
     def open(self) -> Backbone:
         """The backbone with its weights, ready to sample, on the GPU if there is one."""
+        settings = _settings(self.cfg, self.reduced)
         if self.weights is None:
-            backbone = open_backbone(self.cfg.backbone)
+            backbone = open_backbone(self.cfg.backbone, **settings)
             backbone.fresh(0)
             # A fresh model predicts zeros, and arithmetic on zeros draws less power, so clocks would be higher.
             nn.init.normal_(backbone.denoiser.head.head.weight, std=0.02, generator=torch.Generator().manual_seed(0))
         else:
-            backbone = load(self.cfg.backbone, self.cfg.weights, self.weights)
+            backbone = load(self.cfg.backbone, self.cfg.weights, self.weights, **settings)
         assert isinstance(backbone, nn.Module)
         backbone.requires_grad_(False).to(device())
         return backbone
 
 
-def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = None, random_weights: bool = False) -> Prepared:
+def prepare(
+    baseline: str, overrides: Sequence[str] = (), *, name: str | None = None, random_weights: bool = False, reduced: bool = False
+) -> Prepared:
     """Read a baseline by name or path and find its weights. Its runs are called `name`, else after the baseline.
+
+    With `random_weights` nothing is looked for; `reduced` then makes the network small, where the backbone has a small size.
 
     Raises:
         UserError: it does not exist, a key is wrong, or its weights are missing or altered.
@@ -75,7 +83,16 @@ def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = 
     if name is None:
         called = config.name_of(baseline)
         name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml
-    return Prepared(name, cfg, None if random_weights else resolve(cfg.weights, path))
+    if random_weights:
+        return Prepared(name, cfg, None, reduced=reduced and accepts(cfg.backbone, "reduced"))
+    weights = resolve(cfg.weights, path)
+    parts = open_backbone(cfg.backbone, **_settings(cfg)).parts()
+    return Prepared(name, cfg, weights, tuple((role, identity(resolve(part, path), part)) for role, part in parts.items()))
+
+
+def _settings(cfg: Baseline, reduced: bool = False) -> dict[str, Any]:
+    """What a baseline says about its backbone; None is left to the backbone."""
+    return {"precision": cfg.precision, "decoder": cfg.decoder, "reduced": reduced or None}
 
 
 def device() -> torch.device:

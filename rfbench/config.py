@@ -152,6 +152,8 @@ class Baseline:
     weights: WeightsCfg
     sampler: SamplerCfg
     license: License
+    precision: Literal["float32", "bfloat16", "mixed"] | None = None  # of the network; null is the backbone's own
+    decoder: Literal["vae", "tiny"] | None = None  # tiny: approximate, and every number that it was part of is marked
     paper: str | None = None
     code: str | None = None  # the authors': GitHub repository@commit
     max_latents: int | None = None  # longest clip that it can make; None is any length
@@ -191,7 +193,6 @@ class ScoreCfg:
     score_shift: float  # sigma table of the score models (D-33: the release has 8 beside a critic loss at 5)
     t_min: int = 20
     t_max: int = 980
-
     negative: str = ""  # prompt of the teacher's unconditional score
     latents: int = 21  # longest clip that is judged: of a longer rollout the last frames, the first of them made anew from pixels
     cache_gradients: Literal["detached", "in_place"] = "detached"  # whether cached keys and values carry gradients, as in the release (D-34)
@@ -281,16 +282,16 @@ class Claim:
     than: str
     suite: str | None = None  # None for profile metrics
     published: Published | None = None
-    margin: float = 0.0  # the claim is a difference of more than this
+    margin: float = 0.0  # the claim is a difference of more than this; of timings, of more than this many per cent
 
 
 @dataclass(frozen=True)
 class ProfileCfg:
-    """What `profile` measures for every contender of a study."""
+    """How `profile` times the contenders of a study, in turn."""
 
-    chunks: int
-    repeats: int
-    processes: int = 1
+    chunks: int  # of a stream
+    repeats: int  # rounds, each of which times every contender once
+    processes: int = 1  # fresh sets of processes that repeat it all
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ finished when its row is there; a video without a row is made again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from rfbench import attention, baselines, config, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import Backbone
-from rfbench.baselines import Prepared
+from rfbench.baselines import RANDOM, Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.progress import Progress, say
@@ -37,10 +38,14 @@ def generate(
     name: str | None = None,
     limit: int | None = None,
     shard: str | None = None,
+    random_weights: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Make the clips of a suite that are not there yet; with `shard` "I/N" only every N-th from the I-th on.
+
+    `random_weights` shows that everything runs without any file: by a network with random weights, small where the backbone has
+    a small size. Its run is called `<name>-random`.
 
     Returns:
         the run directory; the run is done when the clips of all shards are there.
@@ -49,7 +54,9 @@ def generate(
         UserError: the baseline, the suite or one of its prompts cannot be used; the directory holds another run; the disk
             is full (code 1).
     """
-    ready = baselines.prepare(baseline, overrides, name=name)
+    ready = baselines.prepare(baseline, overrides, name=name, random_weights=random_weights, reduced=True)
+    if random_weights:
+        ready = dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}")
     asked = suites.load_suite(suite, limit)
     ready.latents(asked.frames, f"suite '{asked.name}'")
     items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
@@ -69,6 +76,9 @@ def generate(
         if run.done and len(kept) < len(items):
             run.reopen()
         if not run.done:
+            if random_weights:
+                run.record(weights=RANDOM)
+                say("weights: random; what is made of them means nothing")
             run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel(), trained_by=ready.cfg.trained_by)
             todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:

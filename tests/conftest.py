@@ -23,10 +23,16 @@ def folders(tmp_path_factory, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    wanting = [item for item in items if item.get_closest_marker("gpu")]
-    if wanting:
+    if not os.environ.get("RFBENCH_SLOW"):
+        skip(items, "slow", "takes minutes; set RFBENCH_SLOW=1 to run it")
+    if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
         if not torch.cuda.is_available():
-            for item in wanting:
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+            skip(items, "gpu", "there is no CUDA device")
+
+
+def skip(items, marker, reason):
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))

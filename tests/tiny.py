@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.config import WeightsCfg
 from rfbench.weights import load_into
 
 CFG = DiTCfg(dim=24, ffn_dim=48, num_heads=2, num_layers=2, text_dim=8, text_len=4, in_dim=3, out_dim=3, freq_dim=16)
@@ -37,7 +39,10 @@ class Tiny(nn.Module):
     def decoder(self) -> Decoder:
         return TinyDecoder()
 
-    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
+    def parts(self) -> dict[str, WeightsCfg]:
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any, parts: Mapping[str, Path]) -> None:
         load_into(self, tensors, where=where)
 
     def fresh(self, seed: int) -> None:

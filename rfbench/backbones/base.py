@@ -5,6 +5,7 @@ Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, L
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,15 @@ from torch import Tensor
 
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import WeightsCfg
+from rfbench.errors import UserError
 from rfbench.registry import pick
-from rfbench.weights import read_tensors
+from rfbench.weights import read_tensors, resolve
 
-BACKBONES: dict[str, str] = {"toy": "rfbench.backbones.toy:ToyBackbone"}
+BACKBONES: dict[str, str] = {
+    "toy": "rfbench.backbones.toy:ToyBackbone",
+    "wan2.1-1.3b": "rfbench.backbones.wan.backbone:wan_1_3b",
+    "wan2.1-14b": "rfbench.backbones.wan.backbone:wan_14b",
+}
 TEMPORAL = 4  # pixel frames per latent frame, but the first, which is one
 
 
@@ -66,29 +72,41 @@ class Backbone(Protocol):
     def decoder(self) -> Decoder:
         """A decoder at the beginning of a clip."""
 
-    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
-        """Take the weights of a checkpoint, strictly; `where` names it in errors."""
+    def parts(self) -> dict[str, WeightsCfg]:
+        """Files that belong to the backbone and not to a checkpoint of it, by what they are for."""
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any, parts: Mapping[str, Path]) -> None:
+        """Take the weights of a checkpoint and of the `parts`, strictly; `where` names the checkpoint in errors."""
 
     def fresh(self, seed: int) -> None:
         """Start from random weights, with whatever is not trained fitted or fetched."""
 
 
-def open_backbone(name: str) -> Backbone:
-    """A backbone in float32 on the CPU whose weights are still to be loaded.
+def open_backbone(name: str, **settings: Any) -> Backbone:
+    """A backbone on the CPU whose weights are still to be loaded; settings that are None are left to the backbone.
 
     Raises:
-        UserError: there is no backbone of that name.
+        UserError: there is no backbone of that name, or it has no such setting.
     """
-    backbone: Backbone = pick(BACKBONES, name, what="backbone")()
+    asked = {key: value for key, value in settings.items() if value is not None}
+    for key in asked:
+        if not accepts(name, key):
+            raise UserError(f"backbone '{name}' does not use '{key}'; leave it out")
+    backbone: Backbone = pick(BACKBONES, name, what="backbone")(**asked)
     return backbone
 
 
-def load(name: str, weights: WeightsCfg, file: Path) -> Backbone:
-    """A backbone with the weights of a checkpoint file.
+def accepts(name: str, setting: str) -> bool:
+    """Whether a backbone has such a setting."""
+    return setting in inspect.signature(pick(BACKBONES, name, what="backbone")).parameters
+
+
+def load(name: str, weights: WeightsCfg, file: Path, **settings: Any) -> Backbone:
+    """A backbone with the weights of a checkpoint file and of its own parts.
 
     Raises:
-        UserError: there is no backbone of that name, or the file is corrupt or of another model.
+        UserError: there is no backbone of that name, it has no such setting, or a file is missing, corrupt or of another model.
     """
-    backbone = open_backbone(name)
-    backbone.load(read_tensors(file, weights), where=file)
+    backbone = open_backbone(name, **settings)
+    backbone.load(read_tensors(file, weights), file, {role: resolve(part, file) for role, part in backbone.parts().items()})
     return backbone

@@ -21,6 +21,7 @@ from torch.nn import functional
 from rfbench import world
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.config import WeightsCfg
 from rfbench.weights import load_into
 
 PATCH = 8
@@ -161,7 +162,10 @@ class ToyBackbone(nn.Module):
     def decoder(self) -> Decoder:
         return ToyDecoder(self.autoencoder)
 
-    def load(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+    def parts(self) -> dict[str, WeightsCfg]:
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], where: Path, parts: Mapping[str, Path]) -> None:
         load_into(self, tensors, where=where)
 
     def fresh(self, seed: int) -> None:

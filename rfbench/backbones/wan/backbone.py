@@ -1,0 +1,195 @@
+"""The Wan2.1 family as backbones: one DiT, one video autoencoder, one text encoder, at the sizes that were published.
+
+A baseline names the DiT's weights; autoencoder, text encoder and tokenizer are the same for all and are named here (`parts`).
+
+Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, T pixel frames, L text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rfbench import config
+from rfbench.backbones.base import Decoder, VideoShape
+from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
+from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
+from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
+from rfbench.config import WeightsCfg
+from rfbench.weights import load_into, read_tensors
+
+REPO, REVISION = "Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a"
+TEXT = WeightsCfg(
+    file="models_t5_umt5-xxl-enc-bf16.pth",
+    repo=REPO,
+    revision=REVISION,
+    bytes=11361920418,
+    sha256="7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d",
+)
+TOKENIZER = WeightsCfg(
+    file="google/umt5-xxl/tokenizer.json",
+    repo=REPO,
+    revision=REVISION,
+    sha256="6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b",
+)
+VAE = WeightsCfg(
+    file="Wan2.1_VAE.pth",
+    repo=REPO,
+    revision=REVISION,
+    bytes=507609880,
+    sha256="38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
+)
+TINY = WeightsCfg(file="taew2_1.pth")  # github.com/madebyollin/taehv; no hub repository of its authors, no published hash
+
+Precision = Literal["float32", "bfloat16", "mixed"]
+
+
+WAN_VAE = VAECfg()
+
+
+@dataclass(frozen=True)
+class Member:
+    """Sizes of one member of the family; `height` and `width` in pixels."""
+
+    dit: DiTCfg
+    vae: VAECfg = WAN_VAE
+    text: UMT5Cfg = UMT5_XXL
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+
+
+WAN_1_3B = Member(DiTCfg(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096))
+WAN_14B = Member(DiTCfg(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096))
+# The same architecture at a size that a laptop runs in seconds, for random weights: what is made of it means nothing.
+REDUCED = Member(
+    DiTCfg(dim=96, ffn_dim=192, num_heads=2, num_layers=2, text_dim=64, text_len=32, freq_dim=64),
+    VAECfg(dim=8),
+    UMT5Cfg(vocab=512, dim=64, head_dim=16, ffn_dim=128, heads=4, layers=2, text_len=32),
+    height=64,
+    width=96,
+)
+
+
+class TextEncoder(Protocol):
+    def encode(self, prompts: Sequence[str], *, device: torch.device | str) -> Tensor:
+        """[B, L, E] on `device`, zero rows behind a prompt's end."""
+
+
+class WanBackbone(nn.Module):
+    """Denoiser, text encoder and autoencoder of one member; the weights are on `meta` until `load` or `fresh`.
+
+    `precision`: everything in bfloat16, as the students of the Self Forcing family run; `mixed`, as Wan's own code runs, with the
+    DiT's float32 islands and the autoencoder in float32; or everything in float32. `decoder: tiny` decodes approximately.
+    """
+
+    def __init__(self, member: Member, *, precision: Precision, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
+        super().__init__()
+        member = REDUCED if reduced else member
+        self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed"))
+        self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        self.vae_dtype = torch.float32 if precision == "mixed" else self.dtype
+        rows, columns = member.height // member.vae.patch, member.width // member.vae.patch
+        self.shape = VideoShape(member.dit.in_dim, rows, columns, member.height, member.width, member.fps)
+        with torch.device("meta"):
+            self.denoiser = WanDiT(self.member.dit)
+            self.vae = WanVAE(member.vae)
+            self.tiny = TinyVAE(member.dit.in_dim) if decoder == "tiny" else None
+        self.text: TextEncoder | None = None
+
+    def parts(self) -> dict[str, WeightsCfg]:
+        """Files beside the denoiser's: what `load` wants to be told the places of."""
+        return {"text": TEXT, "tokenizer": TOKENIZER, "vae": VAE} | ({"tiny": TINY} if self.tiny is not None else {})
+
+    def load(self, tensors: Mapping[str, Tensor], where: Any, parts: Mapping[str, Path]) -> None:
+        """Take all weights, strictly.
+
+        Raises:
+            UserError: some are of another model, or their file is corrupt.
+        """
+        load_into(self.denoiser, tensors, where=where)
+        self.vae.load(read_tensors(parts["vae"], VAE), parts["vae"])
+        if self.tiny is not None:
+            self.tiny.load(read_tensors(parts["tiny"], TINY), parts["tiny"])
+        cache = config.settings().weights / "embeddings"
+        self.text = WanText(parts["text"], parts["tokenizer"].parent, cache, dtype=self.dtype, cfg=self.member.text, sha256=TEXT.sha256)
+        self._store()
+
+    def fresh(self, seed: int) -> None:
+        """Random weights for every part; prompts are hashed word by word, since there is no tokenizer."""
+        self._store()
+        rng = torch.Generator().manual_seed(seed)
+        for module in (self.denoiser, self.vae, self.tiny):
+            if module is not None:
+                draw(module, rng)
+        self.text = RandomText(self.member.text, self.dtype, seed)
+
+    def _store(self) -> None:
+        self.denoiser.store(self.dtype)
+        self.vae.to(self.vae_dtype)
+        if self.tiny is not None:
+            self.tiny.to(self.vae_dtype)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        assert self.text is not None, "weights are loaded or drawn first"
+        return self.text.encode(prompts, device=self._device)
+
+    def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
+        return WanEncoder(self.vae)(pixel_BTCHW.to(self._device)).to(self.denoiser.dtype)
+
+    def decoder(self) -> Decoder:
+        return WanDecoder(self.vae) if self.tiny is None else TinyDecoder(self.tiny)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+
+class RandomText:
+    """The text encoder with random weights; a word's token is its hash, so that other words give another embedding."""
+
+    def __init__(self, cfg: UMT5Cfg, dtype: torch.dtype, seed: int) -> None:
+        self.cfg, self.dtype, self.seed = cfg, dtype, seed
+
+    @functools.cached_property
+    def _encoder(self) -> Any:
+        encoder = empty_encoder(self.cfg).to(self.dtype)
+        draw(encoder, torch.Generator().manual_seed(self.seed))
+        encoder.encoder.set_input_embeddings(encoder.shared)
+        return encoder.requires_grad_(False).eval()
+
+    def encode(self, prompts: Sequence[str], *, device: torch.device | str) -> Tensor:
+        text_BLE = torch.zeros(len(prompts), self.cfg.text_len, self.cfg.dim, dtype=self.dtype, device=device)
+        for text_LE, prompt in zip(text_BLE, prompts, strict=True):
+            words = clean(prompt).split()[: self.cfg.text_len - 1]
+            ids = [int(hashlib.sha256(word.encode()).hexdigest(), 16) % (self.cfg.vocab - 2) + 2 for word in words]
+            text_LE[: len(ids) + 1] = embed(self._encoder.to(device), [*ids, 1])
+        return text_BLE
+
+
+def draw(module: nn.Module, rng: torch.Generator) -> None:
+    """Random weights in place of those on `meta`: matrices at a scale that keeps signals as large as they come in, gains of one, no biases."""
+    module.to_empty(device="cpu")
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 and parameter[0].numel() > 1:
+            fan_in = math.prod(parameter.shape[1:]) if parameter.ndim != 3 else parameter.shape[-1]  # three axes: a table of modulation
+            nn.init.normal_(parameter, std=fan_in**-0.5, generator=rng)
+        else:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+
+def wan_1_3b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+    return WanBackbone(WAN_1_3B, precision=precision, decoder=decoder, reduced=reduced)
+
+
+def wan_14b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+    return WanBackbone(WAN_14B, precision=precision, decoder=decoder, reduced=reduced)
