@@ -49,14 +49,14 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
         places = [beside.parent / cfg.file, stored(cfg) / cfg.file]
         found = [place for place in places if place.exists() or ("*" in place.name and any(place.parent.glob(place.name)))]
         if not found:
-            source = "" if cfg.repo is None else f"; it is in https://huggingface.co/{cfg.repo}/tree/{cfg.revision or 'main'}"
+            source = "" if cfg.repo is None else f"; `rfbench fetch` brings it from https://huggingface.co/{cfg.repo}/tree/{cfg.revision or 'main'}"
             raise UserError(f"weights '{cfg.file}', named by {beside.name}, are neither beside that file nor in {stored(cfg)}{source}")
         path = found[0]
     _check(path, files_of(path), cfg, beside)
     if cfg.lora is not None:
         adapter = adapter_of(path, cfg)
         if not adapter.is_file():
-            raise UserError(f"adapter '{cfg.lora.file}', named by {beside.name}, is not at {adapter}; it comes from where '{cfg.file}' does")
+            raise UserError(f"adapter '{cfg.lora.file}', named by {beside.name}, is not at {adapter}; it comes with '{cfg.file}'")
         _check(adapter, [adapter], cfg.lora, beside)
     return path
 
@@ -69,7 +69,8 @@ def stored(cfg: WeightsCfg) -> Path:
 def adapter_of(path: Path, cfg: WeightsCfg) -> Path:
     """Where the LoRA adapter of the checkpoint at `path` is: in the same repository, so below the same folder."""
     assert cfg.lora is not None
-    return path.parents[len(Path(cfg.file).parts) - 1] / cfg.lora.file
+    depth = 1 if Path(cfg.file).is_absolute() else len(Path(cfg.file).parts)
+    return path.parents[depth - 1] / cfg.lora.file
 
 
 def files_of(path: Path) -> list[Path]:
@@ -130,7 +131,7 @@ def sha256_of(files: list[Path]) -> str:
     What is known lies in the weights directory, written whole; two writers at once may forget each other's entry, never mix it.
     """
     if len(files) > 1:
-        return records.fingerprint({file.name: sha256_of([file]) for file in files})
+        return records.fingerprint({"files": [(file.name, sha256_of([file])) for file in files]})
     about = files[0].stat()
     if about.st_size < LARGE:
         return records.sha256_of(files[0])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rfbench import baselines, config, strict
-from rfbench.config import Baseline, Reported
+from rfbench.config import Baseline, LoraCfg, Reported, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.sampler import timesteps
 
@@ -44,6 +44,7 @@ def test_the_sampler_is_the_systems_own(name: str) -> None:
     found = WAN[f"wan/{name}"]
     cfg, cache = found.sampler, found.sampler.cache
     assert (cfg.shift, cfg.context_noise) == (shift, 0.0)
+    assert found.precision == ("mixed" if name.startswith("wan2.1") else None)  # Wan's own code has float32 islands, its students have none
     if isinstance(steps, int):
         assert (cfg.steps, cfg.chunk, cache, cfg.solver, found.max_latents) == (steps, None, None, "unipc", 21)
         assert cfg.guidance == {"wan2.1-1.3b": 6.0, "wan2.1-14b": 5.0}[name] and len(cfg.negative) == 137
@@ -83,7 +84,8 @@ def test_where_it_comes_from_is_said_in_full(name: str) -> None:
     assert found.weights.repo and found.license.code and found.license.weights
     assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", found.code or "")
     assert found.paper is None or re.fullmatch(r"arXiv:\d{4}\.\d{5}", found.paper)
-    for part in (found.weights, *([found.weights.lora] if found.weights.lora else [])):
+    parts: list[WeightsCfg | LoraCfg] = [found.weights, *([found.weights.lora] if found.weights.lora else [])]
+    for part in parts:
         assert part.sha256 is None or re.fullmatch("[0-9a-f]{64}", part.sha256)
         assert (part.sha256 is None) == (part.bytes is None)
     assert found.weights.revision is None or re.fullmatch("[0-9a-f]{40}", found.weights.revision)

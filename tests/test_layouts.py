@@ -201,5 +201,7 @@ def test_an_adapter_is_found_beside_its_checkpoint_and_counts_in_its_identity(fo
     assert first not in (sha256_of(base), identity(path, WeightsCfg(cfg.file)))
     torch.save({name: tensor * 2 for name, tensor in adapter.items()}, folders / "weights" / "a" / "b" / "models" / "lora.pt")
     assert identity(path, cfg) != first
+    absolute = WeightsCfg(str(base), lora=LoraCfg("../lora.pt", rank=3, alpha=6.0))
+    assert resolve(absolute, yaml) == base and identity(base, absolute) == identity(path, cfg)
     with pytest.raises(UserError, match=r"lora\.pt has sha256 .* but x\.yaml asks for 000000000000"):
         resolve(WeightsCfg(cfg.file, repo="a/b", lora=LoraCfg(lora.file, 3, 6.0, sha256="0" * 64)), yaml)

@@ -326,7 +326,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_repository_has_a_folder_of_its_own(store: Path, tmp_path: Path) -> None:
     """File names such as model.pt are the same in many."""
     cfg = WeightsCfg("checkpoints/model.pt", repo="someone/Thing", revision="abc")
-    with pytest.raises(UserError, match=r"nor in .*store/someone/Thing; it is in https://huggingface.co/someone/Thing/tree/abc"):
+    with pytest.raises(
+        UserError, match=r"nor in .*store/someone/Thing; `rfbench fetch` brings it from https://huggingface.co/someone/Thing/tree/abc"
+    ):
         resolve(cfg, tmp_path / "x.yaml")
     file = store / "someone" / "Thing" / "checkpoints" / "model.pt"
     file.parent.mkdir(parents=True)
