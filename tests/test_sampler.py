@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfbench.backbones.base import pixel_frames
+from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan.dit import block_causal_mask
 from rfbench.cache import KVCache
-from rfbench.config import CacheCfg, SamplerCfg
-from rfbench.sampler import clip_noise, generate, stream, timesteps
+from rfbench.config import CacheCfg, RerollCfg, SamplerCfg
+from rfbench.errors import UserError
+from rfbench.sampler import cache_shape, clip_noise, generate, latent_at, stream, timesteps
 from tests.tiny import Tiny, distance, normal
 
 FULL, WINDOW = CacheCfg("full", rope="absolute"), CacheCfg("window", window=6)
@@ -43,13 +46,15 @@ def clip(tiny: Tiny, latents: int, cfg: SamplerCfg, noise: Callable[[int], Tenso
 
 
 @torch.no_grad()
-def plain(tiny: Tiny, latents: int, cfg: SamplerCfg, noise: Callable[[int], Tensor], exit_step: int | None = None) -> Tensor:
+def plain(
+    tiny: Tiny, latents: int, cfg: SamplerCfg, noise: Callable[[int], Tensor], given: Tensor | None = None, text: Tensor | None = None
+) -> Tensor:
     """Every step passes all frames so far through the network, clean ones at timestep 0, under a block-causal mask."""
-    text, null = texts(tiny, cfg)
+    text, null = (texts(tiny, cfg)[0] if text is None else text), texts(tiny, cfg)[1]
     size, grid = cfg.chunk or latents, timesteps(cfg)
-    done: list[Tensor] = []
-    context: list[Tensor] = []
-    for start in range(0, latents, size):
+    done = [] if given is None else list(given.split(size, 1))
+    context = list(done)
+    for start in range(size * len(done), latents, size):
         x = noise(size)
         for j, t in enumerate(grid):
             times = torch.cat([torch.zeros(1, start), torch.full((1, size), t)], 1)
@@ -61,7 +66,7 @@ def plain(tiny: Tiny, latents: int, cfg: SamplerCfg, noise: Callable[[int], Tens
                 flow = (1 - cfg.guidance) * without + cfg.guidance * flow
             sigma, following = t / 1000, grid[j + 1] / 1000 if j + 1 < len(grid) else 0.0
             x0 = x - sigma * flow
-            if j == exit_step or j + 1 == len(grid):
+            if j + 1 == len(grid):
                 break
             x = (1 - following) * x0 + following * noise(size) if cfg.solver == "renoise" else x0 + following * flow
         done.append(x0)
@@ -234,3 +239,154 @@ def test_lengths_and_prompts_that_do_not_fit_are_refused() -> None:
         next(stream(tiny, text, 6, STUDENT, Noise(), null_BLE=text))
     with pytest.raises(ValueError, match="unconditional"):
         next(stream(tiny, text, 6, TEACHER, Noise()))
+
+
+@torch.no_grad()
+def test_a_negative_prompt_takes_the_place_of_the_empty_one() -> None:
+    tiny, seeds = Tiny(), [3, 4]
+    plain_text, worse = (replace(TEACHER, guidance=2.0, negative=negative) for negative in ("", "worst quality"))
+    found = {cfg.negative: torch.cat(list(generate(tiny, PROMPTS, 3, cfg, seeds)), 1) for cfg in (plain_text, worse)}
+    null = tiny.encode_text(["worst quality"] * 2)
+    (chunk,) = stream(tiny, tiny.encode_text(PROMPTS), 3, worse, clip_noise(tiny, seeds), null_BLE=null)
+    assert torch.equal(found["worst quality"], tiny.decoder()(chunk.latent_BFCHW))
+    assert distance(found[""], found["worst quality"]) > 1e-3
+    with pytest.raises(UserError, match="'negative' prompt is not used without guidance"):
+        replace(STUDENT, negative="worst quality")
+    with pytest.raises(UserError, match="worst quality"):
+        next(generate(ToyBackbone(), ["a red disc"], 3, worse, [0]))
+
+
+@torch.no_grad()
+def test_after_a_switch_a_clip_goes_on_as_if_its_beginning_had_been_made_for_the_new_prompt() -> None:
+    """Against the plain loop, given the beginning that the old prompt made: with a full cache nothing else can depend on it."""
+    tiny, new, noise, replay = Tiny(), Tiny().encode_text(["a cyan disc", "a grey square"]), Noise(), Noise()
+    found = clip(tiny, 15, STUDENT, noise, switches=[(4, new)])  # of the chunks 0, 3, 6, ... the first at 4 or later is 6
+    unswitched = clip(tiny, 15, STUDENT, Noise())
+    assert torch.equal(found[:, :6], unswitched[:, :6]) and distance(found[:, 6:], unswitched[:, 6:]) > 1e-2
+    for _ in range(8):
+        replay(3)
+    assert distance(found, plain(tiny, 15, STUDENT, replay, given=found[:, :6], text=new)) < 1e-5
+    assert torch.equal(clip(tiny, 15, STUDENT, Noise(), switches=[(4, PROMPT), (5, new)]), found)
+    assert torch.equal(clip(tiny, 6, STUDENT, Noise(), switches=[(0, new)]), clip_of(tiny, 6, new))
+
+
+PROMPT = normal(2, 4, 8, seed=77)
+
+
+def clip_of(tiny: Tiny, latents: int, text: Tensor) -> Tensor:
+    return torch.cat([chunk.latent_BFCHW for chunk in stream(tiny, text, latents, STUDENT, Noise())], 1)
+
+
+SINK = CacheCfg("static_sink", window=8, sink=2, rope="absolute")
+CACHES = {
+    "full": FULL,
+    "window": WINDOW,
+    "part of a chunk": CacheCfg("window", window=7, rope="absolute"),
+    "sink": SINK,
+    "relative sink": replace(SINK, rope="relative"),
+    "EMA sink": CacheCfg("ema_sink", window=9, sink=3, alpha=0.9, fold_dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_at_a_switch_the_cached_frames_are_passed_again_with_the_new_text_and_the_sink_is_not(name: str) -> None:
+    """Against a fresh cache that gets the old sink and then, chunk by chunk, the same frames with the new text."""
+    tiny, cfg, frames = Tiny(), replace(STUDENT, steps=(1000, 500), cache=CACHES[name], context_noise=0.1), 12
+    clean: list[Tensor] = []  # what clean passes saw
+    used: list[KVCache] = []
+
+    def record(module: Any, args: Any, kwargs: Any, flow: Tensor) -> None:
+        used.append(kwargs["cache"])
+        if float(args[1].flatten()[0]) == 0.0:
+            clean.append(args[0])
+
+    handle = tiny.denoiser.register_forward_hook(record, with_kwargs=True)
+    parts = stream(tiny, tiny.encode_text(PROMPTS), frames + 3, cfg, Noise(), switches=[(frames, PROMPT)])
+    latents = torch.cat([next(parts).latent_BFCHW for _ in range(5)], 1)
+    handle.remove()
+    found, seen = used[-1], torch.cat(clean[:4], 1)
+    assert distance(seen, latents[:, :frames]) > 1e-2  # context noise
+
+    cache, zero = CACHES[name], torch.zeros(1, 1)
+    old, wanted = (KVCache(cache, cache_shape(tiny, 2, frames + 3), dtype=torch.float32, device=torch.device("cpu")) for _ in range(2))
+    for start in range(0, frames, 3):
+        old.begin(3)
+        tiny.denoiser(seen[:, start : start + 3], zero, tiny.encode_text(PROMPTS), cache=old)
+    sink = cache.sink or 0
+    if sink:
+        wanted.begin(sink)
+        for buffers in ("raw", "rotated", "values"):
+            for new, before in zip(getattr(wanted, buffers), getattr(old, buffers), strict=True):
+                new[:, : sink * 6] = before[:, : sink * 6]
+    again = range(frames)[sink - (cache.window or frames) :]
+    wanted.frames = again[0]
+    for number in sorted({frame // 3 for frame in again}):
+        group = [frame for frame in again if frame // 3 == number]
+        wanted.begin(len(group))
+        tiny.denoiser(seen[:, group], zero, PROMPT, cache=wanted)
+    wanted.begin(3)
+    kept = len(wanted.held) - 3
+    assert found.numbers == wanted.numbers and kept > 0
+    for buffers in ("raw", "rotated", "values"):
+        for a, b in zip(getattr(found, buffers), getattr(wanted, buffers), strict=True):
+            one, other = (x.unflatten(1, (-1, 6))[:, held.held[:kept]] for x, held in ((a, found), (b, wanted)))
+            assert distance(one, other) < 1e-6
+
+
+@torch.no_grad()
+def test_prompts_switch_in_pixels_too_and_seconds_are_latent_frames() -> None:
+    tiny, seeds = Tiny(), [1, 2]
+    found = torch.cat(list(generate(tiny, PROMPTS, 9, STUDENT, seeds, switches=[(6, PROMPTS[::-1])])), 1)
+    text, turned = tiny.encode_text(PROMPTS), tiny.encode_text(PROMPTS[::-1])
+    parts = stream(tiny, text, 9, STUDENT, clip_noise(tiny, seeds), switches=[(6, turned)])
+    assert torch.equal(found, tiny.decoder()(torch.cat([part.latent_BFCHW for part in parts], 1)))
+    shown = [latent for latent in range(21) for _ in range(1 if latent == 0 else 4)]  # of each pixel frame
+    assert [latent_at(frame / 16, 16) for frame in range(81)] == shown
+    for switches in ([(6, text), (6, text)], [(6, text), (3, text)]):
+        with pytest.raises(ValueError, match="in the order of their frames"):
+            next(stream(tiny, text, 9, STUDENT, Noise(), switches=switches))
+    with pytest.raises(ValueError, match="between chunks"):
+        next(stream(tiny, text, 9, replace(TEACHER, guidance=1.0), Noise(), switches=[(3, text)]))
+
+
+@pytest.mark.parametrize("latents", [3, 6, 12, 15, 18, 24])
+@torch.no_grad()
+def test_a_long_clip_of_rollouts_is_what_causvid_puts_together(latents: int) -> None:
+    """Rollouts of 9, each but the first from the last 3 of the one before, whose pixels are cut off."""
+    tiny, seeds, size, overlap = Tiny(), [1, 2], 9, 3
+    cfg = replace(STUDENT, steps=(1000, 500), reroll=RerollCfg(latents=size, overlap=overlap))
+    found = list(generate(tiny, PROMPTS, latents, cfg, seeds))
+    assert max(part.shape[1] for part in found) <= 12
+    noise, text, videos, start, left = clip_noise(tiny, seeds), tiny.encode_text(PROMPTS), list[Tensor](), None, latents
+    while True:
+        length = min(size, left)
+        parts = stream(tiny, text, length, replace(cfg, reroll=None), noise, initial_BFCHW=start)
+        made = torch.cat([part.latent_BFCHW for part in parts], 1)
+        video = tiny.decoder()(made)
+        left -= length
+        if not left:
+            break
+        videos.append(video[:, : -(4 * (overlap - 1) + 1)])
+        frame = video[:, -4 * (overlap - 1) - 1 : -4 * (overlap - 1)]
+        start = torch.cat([tiny.encode_pixels(frame), made[:, -(overlap - 1) :]], 1)
+        left += overlap
+    assert torch.equal(torch.cat(found, 1), torch.cat([*videos, video], 1))
+    assert sum(part.shape[1] for part in found) == pixel_frames(latents)
+
+
+@torch.no_grad()
+def test_a_prompt_switches_at_its_frame_of_the_clip_whatever_the_rollout() -> None:
+    tiny, seeds, cfg = Tiny(), [1, 2], replace(STUDENT, steps=(1000, 500), reroll=RerollCfg(latents=9, overlap=3))
+    still = torch.cat(list(generate(tiny, PROMPTS, 15, cfg, seeds)), 1)
+    for frame in (3, 9, 12):
+        turned = torch.cat(list(generate(tiny, PROMPTS, 15, cfg, seeds, switches=[(frame, PROMPTS[::-1])])), 1)
+        differs = (turned != still).flatten(2).any(2).any(0)
+        # frames of the second rollout's beginning come from the first rollout
+        assert not differs[: pixel_frames(frame)].any() and differs[pixel_frames(frame) :].all()
+
+
+@pytest.mark.parametrize(("latents", "overlap", "chunk"), [(20, 3, 3), (21, 2, 3), (21, 21, 3), (21, 3, None)])
+def test_rollouts_that_are_not_whole_chunks_are_refused(latents: int, overlap: int, chunk: int | None) -> None:
+    with pytest.raises(UserError, match="'reroll' needs whole chunks"):
+        replace(STUDENT if chunk else replace(TEACHER, guidance=1.0), reroll=RerollCfg(latents, overlap))
