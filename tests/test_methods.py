@@ -343,3 +343,48 @@ def test_all_clips_of_a_step_exit_at_the_step_that_is_drawn_for_them() -> None:
             exits.append(len(noisy) // 2 - 1)
         assert exits[-1] == exits[-2]
     assert set(exits) == {0, 1, 2, 3}
+
+
+def test_of_a_long_rollout_the_score_models_judge_the_end_with_a_first_frame_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 latent frames, judged as 6: the last 5, and before them what the encoder makes of the pixels before."""
+    recipe = replace(DMD, latents=12, scores=replace(SCORES, latents=6))
+    method, seen, made = Dmd(recipe, Tiny(), Tiny(seed=1)), dict[str, Tensor](), list[Tensor]()
+    judged, scores = method.judged, method.scores
+
+    def record_rollout(video: Tensor) -> tuple[Tensor, Tensor | None]:
+        video.retain_grad()
+        made.append(video)
+        return judged(video)
+
+    def record_scores(video: Tensor, noise: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        seen["video"], seen["noise"] = video, noise
+        return scores(video, noise, *rest)
+
+    monkeypatch.setattr(method, "judged", record_rollout)
+    monkeypatch.setattr(method, "scores", record_scores)
+    losses, _ = method.losses(BATCH, ("generator", "critic"))
+    losses["generator"].backward()
+    (rollout,) = made
+    assert rollout.shape[1] == 12 and seen["video"].shape == seen["noise"].shape == (2, 6, 3, 4, 6)
+    assert torch.equal(seen["video"][:, 1:], rollout[:, 7:])
+    assert torch.equal(seen["video"][:, 0], rollout[:, 6].clamp(-1, 1))  # Tiny's pixels are latents within -1 and 1
+    assert rollout.grad is not None
+    assert not rollout.grad[:, :9].any() and rollout.grad[:, 9:].abs().amin((1, 2, 3, 4)).gt(0).any()  # the first chunk of six is left out
+
+
+def test_a_rollout_that_fits_is_judged_as_it_is() -> None:
+    method, video = Dmd(DMD, Tiny(), Tiny(seed=1)), normal(2, 6, 3, 4, 6)
+    clip, mask = method.judged(video)
+    assert clip is video and mask is None
+
+
+def test_cached_keys_may_carry_gradients_and_the_loss_is_the_same() -> None:
+    found = {}
+    for kind in ("detached", "in_place"):
+        recipe = replace(DMD, scores=replace(SCORES, cache_gradients=kind))
+        method = Dmd(recipe, Tiny(), Tiny(seed=1))
+        losses, _ = method.losses(BATCH, ("generator",))
+        losses["generator"].backward()
+        found[kind] = (losses["generator"].detach(), gradients(method.modules["generator"]))
+    assert distance(found["in_place"][0], found["detached"][0]) < 1e-6
+    assert distance(found["in_place"][1], found["detached"][1]) > 1e-2
