@@ -196,6 +196,24 @@ def report(
     _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check), as_json)
 
 
+@app.command()
+def fetch(
+    baseline: BaselineName,
+    mirror: Annotated[
+        Path | None, typer.Option("--mirror", metavar="DIR", help="Take DIR/<owner>/<repository>/<file>, not the network.", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Weights of a baseline and what its backbone needs; sizes and licences are shown first."""
+    from rfbench import fetch as verb
+
+    paths = [str(path) for path in verb.fetch(verb.items_of(config.load(Baseline, baseline)), mirror=mirror, yes=yes, dry_run=dry_run)]
+    for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
+        print(line)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="|".join(WHAT), autocompletion=_completes(lambda: WHAT), show_default=False)], as_json: Json = False

@@ -17,7 +17,7 @@ PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
-    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "fetch", "video"},
     {"sampler", "backbones", "reward", "baselines"},
     {"methods", "scorers", "timing"},
     {"stopwatch"},
@@ -123,7 +123,7 @@ def test_what_is_imported_is_declared_and_pinned():
     wanted = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
     pins = dict(line.split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines() if "==" in line)
-    spelled = {"yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn"}
+    spelled = {"yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn", "huggingface_hub": "huggingface-hub"}
     tops = {target.split(".")[0] for path in PATHS for target, _ in imports(path)} - sys.stdlib_module_names - {"rfbench"}
     assert {spelled.get(top, top) for top in tops} <= declared
     core = {re.split(r"[^\w-]", line)[0] for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])}
