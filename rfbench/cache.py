@@ -167,8 +167,8 @@ class KVCache:
         """
         held, first = len(self.held), len(self.held) - self.chunk
         empty = max(0, (self.cfg.sink or 0) - held) if self.cfg.empty_sink == "attended" else 0
-        keys = rotate(k_BSHD, self._rotation(first, held, q_BSHD.device))
-        queries = rotate(q_BSHD, self._rotation(first + empty, held + empty, q_BSHD.device))
+        rotation = self._rotation(first, held, q_BSHD.device)
+        queries, keys = rotate(q_BSHD, rotation), rotate(k_BSHD, rotation)
         new = self.held[first:]
         if torch.is_grad_enabled():
             if self.gradients == "in_place":

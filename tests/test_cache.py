@@ -134,8 +134,7 @@ def attended(cfg: CacheCfg, frames: Sequence[int], new: int, q: Tensor, k: Tenso
     empty = max(0, (cfg.sink or 0) - len(frames)) if cfg.empty_sink == "attended" else 0
     turned = rotate(k, rotations(at, *grid, dim, CPU))
     nothing = torch.zeros(len(k), grid[0] * grid[1] * empty, *k.shape[2:])
-    last = tuple(place + empty for place in at[-new:])
-    return attend(rotate(q, rotations(last, *grid, dim, CPU)), torch.cat([turned, nothing], 1), torch.cat([v, nothing], 1))
+    return attend(rotate(q, rotations(at[-new:], *grid, dim, CPU)), torch.cat([turned, nothing], 1), torch.cat([v, nothing], 1))
 
 
 @settings(max_examples=60)
