@@ -107,6 +107,7 @@ def generate(
     suite: Annotated[str, typer.Option("--suite", help="Name, or a .jsonl or .yaml file.", autocompletion=_completes(_suite_names))] = "toy-short",
     limit: Limit = None,
     shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="See that everything runs, without the file.")] = False,
     name: Name = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
@@ -115,7 +116,8 @@ def generate(
     """Make every clip of a suite with a baseline."""
     from rfbench import generate as verb
 
-    _print_path(verb.generate(baseline, suite, fields or [], name=name, limit=limit, shard=shard, fresh=fresh, dry_run=dry_run), as_json)
+    asked = {"limit": limit, "shard": shard, "random_weights": random_weights, "fresh": fresh, "dry_run": dry_run}
+    _print_path(verb.generate(baseline, suite, fields or [], name=name, **asked), as_json)
 
 
 @app.command()
@@ -157,22 +159,33 @@ def evaluate(
 
 @app.command()
 def profile(
-    baseline: BaselineName,
-    fields: Fields = None,
-    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks per repetition.")] = 20,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repetitions per process.")] = 3,
-    processes: Annotated[int, typer.Option("--processes", min=1, help="Fresh processes that repeat it all, one after another.")] = 1,
+    baselines: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BASELINE [KEY=VALUE]... ...",
+            help="Names or YAML files, timed in turn; fields belong to the name before them.",
+            autocompletion=_completes(lambda: config.names_of(Baseline)),
+            show_default=False,
+        ),
+    ],
+    compare: Annotated[bool, typer.Option("--compare", help="How many times as fast the first of two is, with its interval.")] = False,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks of a stream.")] = 20,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds, each of which times everyone once.")] = 9,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Sets of fresh processes that repeat it all, one after another.")] = 1,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
     name: Name = None,
     fresh: Fresh = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the JSON document, which otherwise comes after a table.")] = False,
 ) -> None:
-    """Time a baseline chunk by chunk; the last line on stdout is one JSON document."""
+    """Time baselines chunk by chunk, in turn; the last line on stdout is one JSON document."""
     from rfbench import profiling as verb
 
-    directory = verb.profile(
-        baseline, fields or [], name=name, chunks=chunks, repeats=repeats, processes=processes, random_weights=random_weights, fresh=fresh
-    )
-    _print_path(directory, as_json=True)
+    rounds = {"chunks": chunks, "repeats": repeats, "processes": processes}
+    directory = verb.profile(baselines, name=name, compare=compare, random_weights=random_weights, fresh=fresh, **rounds)
+    document = {"path": _shown(directory)} | verb.document(directory, compare)
+    if not as_json:
+        _print_table(verb.table(document), title=document["name"], as_json=False)
+    print(json.dumps(document, ensure_ascii=False))
 
 
 @app.command()
@@ -270,19 +283,23 @@ def _run(name_or_path: str) -> Path:
 
 
 def _print_path(path: Path, as_json: bool) -> None:
-    """The path that a verb wrote, relative to here if it lies below; as JSON with what its run.json says."""
-    here = Path.cwd()
-    shown = path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
+    """The path that a verb wrote; as JSON with what its run.json says."""
     if not as_json:
-        print(shown)
+        print(_shown(path))
         return
-    document: dict[str, Any] = {"path": str(shown)}
+    document: dict[str, Any] = {"path": _shown(path)}
     if (path / "run.json").is_file():
         from rfbench.records import read_run
 
         run = read_run(path)
         document |= {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds, "result": run.result}
     print(json.dumps(document, ensure_ascii=False))
+
+
+def _shown(path: Path) -> str:
+    """A path relative to here if it lies below."""
+    here = Path.cwd()
+    return str(path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path)
 
 
 def _print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:

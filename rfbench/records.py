@@ -1,4 +1,4 @@
-"""What the tool writes: Run, Clip, Score and Chunk rows, and the only functions that put them on disk.
+"""What the tool writes: Run, Clip and Score rows, and the only functions that put them on disk.
 
 Standard library only, so that a scorer in another interpreter can import it. Files are contracts:
 
@@ -6,7 +6,7 @@ Standard library only, so that a scorer in another interpreter can import it. Fi
     <run>/clips.jsonl           one Clip per line, appended after the video's own rename
     <run>/clips.1of4.jsonl      the same by the writer of a shard; `read_clips` puts them together
     <run>/videos/<clip id>.mp4
-    <run>/chunks.jsonl          profile runs: one Chunk per line
+    <run>/rounds.jsonl          profile runs: one `rfbench.timing.Round` per line
     <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over how many clips
 
 A file appears under its final name only when it is complete. A torn last line of a .jsonl file is what a killed writer
@@ -76,20 +76,6 @@ class Score:
     metric: str
     value: float
     segment: int | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of one timed repetition; seconds on the host clock since the repetition began."""
-
-    process: int
-    repeat: int
-    index: int
-    frames: int  # pixel frames that it yields
-    begin: float  # its first step starts
-    denoised: float  # its last step ends
-    readable: float  # its uint8 frames can be read on the host
-    cached: float  # its context pass ends
 
 
 Row = TypeVar("Row")

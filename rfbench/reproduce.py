@@ -7,6 +7,7 @@ that the study trains itself: `set: {init.file: "run:S/C-s0"}`; trainings follow
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from rfbench import baselines, config, evaluate, generate, profiling, records, report, strict, suites, train
 from rfbench.baselines import Prepared
-from rfbench.config import Baseline, Contender, License, Recipe, Study, WeightsCfg
+from rfbench.config import Baseline, Contender, License, ProfileCfg, Recipe, Study, WeightsCfg
 from rfbench.errors import UserError, did_you_mean
+from rfbench.progress import say
 from rfbench.registry import pick
 from rfbench.report import claims
 from rfbench.scorers.base import SCORERS
@@ -44,8 +46,8 @@ class Member:
     overrides: tuple[str, ...]
     suites: dict[str, Suite]  # as the study spells them
     training: str | None
-    timed: bool  # one seed of a contender is enough: speed does not depend on the weights
     cfg: Baseline
+    timed_as: str  # itself, or an earlier one from which it differs in its weights alone: speed does not depend on them
 
 
 @dataclass(frozen=True)
@@ -84,20 +86,20 @@ def reproduce(
         for suite in member.suites:
             run = generate.generate(member.baseline, suite, member.overrides, name=member.name, limit=limit, fresh=fresh)
             evaluate.evaluate(run, plan.study.scorers)
-        if plan.study.profile is not None and member.timed:
-            asked = plan.study.profile
-            profiling.profile(
-                member.baseline,
-                member.overrides,
-                name=member.name,
-                chunks=asked.chunks,
-                repeats=asked.repeats,
-                processes=asked.processes,
-                fresh=fresh,
-            )
+    if plan.study.profile is not None and not only:
+        _time(plan, plan.study.profile, fresh)
+    elif plan.study.profile is not None:
+        say("timing is left out: contenders are timed in turn, all of them together, which --only prevents")
     page = report.report([], study=study, out=out)
     show(plan)
     return page
+
+
+def _time(plan: Plan, asked: ProfileCfg, fresh: bool) -> None:
+    """All contenders of a study in turn, in one run."""
+    ready = [baselines.prepare(member.baseline, member.overrides, name=member.name) for member in plan.members if member.timed_as == member.name]
+    stand_ins = {member.name: member.timed_as for member in plan.members if member.timed_as != member.name}
+    profiling.in_turn(plan.name, ready, timed_as=stand_ins, fresh=fresh, chunks=asked.chunks, repeats=asked.repeats, processes=asked.processes)
 
 
 def plan_of(study: str, only: Sequence[str] = (), limit: int | None = None) -> Plan:
@@ -129,6 +131,8 @@ def plan_of(study: str, only: Sequence[str] = (), limit: int | None = None) -> P
 
     chosen = [contender for contender in found.contenders if not only or contender.name in only]
     members = [member for contender in chosen for member in _members(name, contender, contenders, training, asked)]
+    first: dict[str, str] = {}
+    members = [dataclasses.replace(member, timed_as=first.setdefault(profiling.same_speed(member.cfg), member.name)) for member in members]
     return Plan(name, found, tuple(_in_order(training, [member.training for member in members if member.training])), tuple(members))
 
 
@@ -167,14 +171,15 @@ def _members(
     overrides = tuple(text for link in reversed(chain) if link.recipe is None for text in _overrides(link))
     if root.baseline is not None:
         cfg = baselines.prepare(root.baseline, overrides).cfg
-        yield _checked(Member(f"{study}/{contender.name}", root.baseline, overrides, own, None, True, cfg))
+        member = f"{study}/{contender.name}"
+        yield _checked(Member(member, root.baseline, overrides, own, None, cfg, member))
         return
     for seed in root.seeds:
         training = training_of(f"{study}/{root.name}-s{seed}")
         path = config.settings().runs / "train" / training.name / "baseline.yaml"
         cfg = strict.build(Baseline, strict.load_plain(strict.as_plain(_baseline_of(training.cfg)), overrides, Baseline), where=where)
         name = f"{study}/{contender.name}-s{seed}"
-        yield _checked(Member(name, str(path), overrides, own, training.name, seed == root.seeds[0], cfg))
+        yield _checked(Member(name, str(path), overrides, own, training.name, cfg, name))
 
 
 def _baseline_of(cfg: Recipe) -> Baseline:
@@ -229,14 +234,15 @@ def show(plan: Plan) -> None:
         if training.name not in {member.training for member in plan.members}:
             table.add_row(training.name, _trained(folder / "train" / training.name, training))
     trainings = {training.name: training for training in plan.trainings}
+    profiles = [records.read_run(path.parent).status for path in (folder / "profile" / plan.name).glob("*/run.json")]
+    timed = "done" if records.DONE in profiles else "to do"
     for member in plan.members:
         cells = [_trained(folder / "train" / member.training, trainings[member.training]) if member.training else ""]
         for suite in study.suites:
             asked = member.suites.get(suite)
             cells.append(_clips(folder / "bench" / member.name / asked.name, asked, study.scorers) if asked else "")
         if study.profile:
-            there = any(records.read_run(path.parent).status == records.DONE for path in (folder / "profile" / member.name).glob("*/run.json"))
-            cells.append("done" if there else "to do" if member.timed else "")
+            cells.append(timed if member.timed_as == member.name else f"as {member.timed_as.rpartition('/')[2]}")
         table.add_row(member.name, *cells)
     Console(stderr=True).print(table)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rfbench import records, world
-from rfbench.records import Chunk, Clip, Run, Score, clips_sha256
+from rfbench import records, timing, world
+from rfbench.records import Clip, Run, Score, clips_sha256
 from rfbench.suites import clip_id, clip_seed
+from rfbench.timing import Chunk, Round, Turn
 from rfbench.video import Frames, writing
 
 RECORDED: dict[str, Any] = {
@@ -151,39 +152,48 @@ def _value(name: str, prompt: int, order: int, effect: float, rng: np.random.Gen
     return float(centre + effect + hard + luck + rng.normal() * of_clips)
 
 
-def write_profile(runs: Path, name: str, fps: float, *, hardware: str = "cpu", slower: float = 0.0, chunks: int = 20, repeats: int = 3) -> Path:
-    """A profile run: `fps` end to end, and `slower` times the chunk's number more time for each chunk."""
+def write_profile(
+    runs: Path,
+    name: str,
+    speeds: Mapping[str, float],
+    *,
+    hardware: str = "cpu",
+    slower: float = 0.0,
+    noise: float = 0.01,
+    chunks: int = 20,
+    repeats: int = 9,
+    timed_as: Mapping[str, str] | None = None,
+) -> Path:
+    """A profile run: contender -> frames per second end to end, and `slower` times the chunk's number more time for each chunk.
+
+    The machine is up to twice as fast in one round as in another, for everybody; `noise` is each chunk's own.
+    """
     directory = runs / "profile" / name / hardware
-    rng = np.random.default_rng(int(fps * 100))
-    rows = []
-    for repeat in range(repeats):
-        clock = 0.0
-        for index in range(chunks):
-            frames = 9 if index == 0 else 12
-            took = frames / fps * (1 + slower * index + 0.01 * rng.normal())
-            rows.append(Chunk(0, repeat, index, frames, clock, clock + 0.7 * took, clock + 0.85 * took, clock + took))
-            clock += took
-    directory.mkdir(parents=True)
-    records.write_rows(directory / "chunks.jsonl", rows)
+    rng = np.random.default_rng(len(name))
+    rounds = []
+    for number in range(repeats):
+        machine = rng.uniform(1, 2)
+        turns = []
+        for contender in timing.order(list(speeds), number):
 
-    def spread(value: float) -> dict[str, float]:
-        return {"median": value, "min": 0.97 * value, "max": 1.02 * value, "n": repeats}
+            def made(count: int, fps: float = speeds[contender] * machine) -> tuple[Chunk, ...]:
+                rows, clock = [], 0.0
+                for index in range(count):
+                    frames = 9 if index == 0 else 12
+                    took = frames / fps * (1 + slower * index + noise * float(rng.normal()))
+                    rows.append(Chunk(index, frames, clock, clock + 0.7 * took, clock + 0.85 * took, clock + took))
+                    clock += took
+                return tuple(rows)
 
-    result = {
-        "slowdown": spread(1 + slower * chunks / 2),
-        "dit_fps": spread(fps * 1.3),
-        "e2e_fps": spread(fps),
-        "clip_fps": spread(0.9 * fps),
-        "ttff_s": spread(9 / fps),
-        "rtf": spread(fps / 16),
-        "peak_memory_bytes": spread(3.1e8),
-        "text_s": 0.01,
-    }
-    inputs = {"baseline": baseline(name), "weights_sha256": records.fingerprint({"of": name}), "chunks": chunks, "repeats": repeats}
-    run = Run(
-        "profile", f"{name}/{hardware}", inputs, records.fingerprint(inputs), RECORDED, records.DONE, "2026-01-01T00:00:00Z", None, 5.0, result=result
-    )
-    records.write_run(directory, run)
+            turns.append(Turn(contender, 16, made(7), made(chunks), 310_000_000, None, None, 2.0 if number == 0 else None))
+        rounds.append(Round(0, number, tuple(turns)))
+    records.write_rows(directory / "rounds.jsonl", rounds)
+    contenders = {each: {"baseline": baseline(each), "weights_sha256": records.fingerprint({"of": each})} for each in speeds}
+    inputs = {"contenders": contenders, "chunks": chunks, "repeats": repeats, "processes": 1}
+    recorded = RECORDED | {"timed_as": dict(timed_as or {})}
+    result = {"rounds_sha256": records.sha256_of(directory / "rounds.jsonl")}
+    run = Run("profile", f"{name}/{hardware}", inputs, records.fingerprint(inputs), recorded, records.DONE, "2026-01-01T00:00:00Z", seconds=5.0)
+    records.write_run(directory, dataclasses.replace(run, result=result))
     return directory
 
 

@@ -129,15 +129,11 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path):
         ),
         (
             *("generate", "generate", ["toy/x", "--suite", "smoke", "--shard", "1/2", "--limit", "3", "--name", "n", "--dry-run"]),
-            *(("toy/x", "smoke", []), {"name": "n", "limit": 3, "shard": "1/2", "fresh": False, "dry_run": True}),
+            *(("toy/x", "smoke", []), {"name": "n", "limit": 3, "shard": "1/2", "random_weights": False, "fresh": False, "dry_run": True}),
         ),
         (
             *("generate", "sample", ["toy/x", "a red disc", "sampler.shift=3", "--seed", "7", "--out", "y.mp4"]),
             *(("toy/x", "a red disc", ["sampler.shift=3"]), {"seed": 7, "frames": 81, "out": Path("y.mp4")}),
-        ),
-        (
-            *("profiling", "profile", ["toy/x", "--chunks", "5", "--random-weights"]),
-            *(("toy/x", []), {"name": None, "chunks": 5, "repeats": 3, "processes": 1, "random_weights": True, "fresh": False}),
         ),
         (
             *("reproduce", "reproduce", ["toy", "--only", "a", "--only", "b", "--limit", "2"]),
@@ -155,9 +151,22 @@ def test_a_request_reaches_its_verb_as_it_was_made(capsys, tmp_path, monkeypatch
     calls: list[Call] = []
     monkeypatch.setattr(loaded, verb, noting(calls, tmp_path / "made"))
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, "profile" if module == "profiling" else verb, *arguments)
+    code, out, err = call(capsys, verb, *arguments)
     assert (code, err, calls) == (0, "", [(positional, named)])
-    assert out == ('{"path": "made"}\n' if module == "profiling" else "made\n")
+    assert out == "made\n"
+
+
+def test_a_profile_is_asked_for_as_it_was_typed_and_answers_in_json(capsys, tmp_path, monkeypatch):
+    from rfbench import profiling
+
+    calls: list[Call] = []
+    monkeypatch.setattr(profiling, "profile", noting(calls, tmp_path / "made"))
+    monkeypatch.setattr(profiling, "document", lambda directory, compare: {"name": directory.name, "timings": {"x": {}}, "compare": compare})
+    monkeypatch.chdir(tmp_path)
+    arguments = ["toy/x", "a=1", "toy/y", "--compare", "--chunks", "5", "--random-weights", "--json"]
+    wanted = {"name": None, "compare": True, "chunks": 5, "repeats": 9, "processes": 1, "random_weights": True, "fresh": False}
+    assert call(capsys, "profile", *arguments) == (0, '{"path": "made", "name": "made", "timings": {"x": {}}, "compare": true}\n', "")
+    assert calls == [((["toy/x", "a=1", "toy/y"],), wanted)]
 
 
 def a_run(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 
 import pytest
@@ -41,10 +42,10 @@ def test_a_gpu_that_cannot_be_asked_says_so(monkeypatch):
         return subprocess.CompletedProcess(command, 9, "NVIDIA-SMI has failed\n", "")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "not found" in hardware.state(CUDA)["nvidia-smi"]
-    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(hardware.subprocess, "run", refuse)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", refuse)
     assert hardware.state(CUDA) == {"nvidia-smi": "NVIDIA-SMI has failed"}
     assert asked[0][-2:] == ["-i", "GPU-3f0c"]
 

@@ -1,137 +1,260 @@
-"""Timings of streams whose speed is known, a viewer simulated frame by frame, and one real profile."""
+"""Contenders in turn on a machine whose drift is known, runs that are cut short, and real processes that are timed."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from rfbench import baselines, profiling, records
+from rfbench import baselines, cli, profiling, records, stopwatch, timing
 from rfbench.errors import UserError
-from rfbench.records import Chunk
 from rfbench.report import evidence
+from rfbench.timing import Round, Turn
 from tests import models
+from tests.test_timing import steady, turn
 
 
-def steady(chunks: int, *, steps: float = 0.4, decode: float = 0.05, context: float = 0.1, slower: float = 0.0) -> list[Chunk]:
-    """A stream whose every chunk takes the same time, or `slower` longer than the one before."""
-    rows, now = [], 0.0
-    for index in range(chunks):
-        begin, factor = now, 1 + slower * index
-        denoised = begin + steps * factor
-        readable = denoised + decode
-        now = readable + context * factor
-        rows.append(Chunk(0, 0, index, 9 if index == 0 else 12, begin, denoised, readable, now))
-    return rows
+@dataclass
+class Machine:
+    """A machine on which every turn takes `drift` times as long as the one before; `dies_at` that turn."""
+
+    drift: float = 1.0
+    dies_at: int | None = None
+    turns: int = 0
+    started: int = 0
+
+    def turn(self, name: str, seconds: float, cold: float | None) -> Turn:
+        if self.turns == self.dies_at:
+            raise KeyboardInterrupt
+        factor = seconds * self.drift**self.turns
+        self.turns += 1
+        stream = steady(8, steps=0.4 * factor, decode=0.05 * factor, context=0.1 * factor)
+        return turn(stream, name=name, cold_start_s=cold)
 
 
-def test_a_stream_of_known_speed():
-    found = profiling.streaming(steady(20), 16)
-    assert found["dit_fps"] == pytest.approx(12 / 0.5)
-    assert found["dit_fps_no_context"] == pytest.approx(12 / 0.4)
-    assert found["e2e_fps"] == pytest.approx(12 / 0.55)
-    assert found["rtf"] == pytest.approx(12 / 0.55 / 16)
-    assert found["ttff_cached_s"] == pytest.approx(0.45)
-    assert [found[f"jitter_{name}_s"] for name in ("p50", "p95", "max")] == pytest.approx([0.55] * 3)
-    assert found["slowdown"] == pytest.approx(1)
-    assert [found[f"deadline_{buffer}"] for buffer in (0, 1, 2)] == [1, 1, 1]
-    assert [found[f"stall_{buffer}_s"] for buffer in (0, 1, 2)] == [0, 0, 0]
+def replace_processes(monkeypatch: pytest.MonkeyPatch, machine: Machine, seconds: dict[str, float]) -> None:
+    """Workers of a fake machine, in which contenders take this many times the usual."""
+
+    class Fake:
+        def __init__(self, ready: baselines.Prepared, chunks: int) -> None:
+            machine.started += 1
+            self.name, self.about, self.cold = ready.name, {"chunks": chunks}, True
+
+        def turn(self, number: int) -> Turn:
+            cold, self.cold = (2.0 if self.cold else None), False
+            return machine.turn(self.name, seconds[self.name], cold)
+
+        def __enter__(self) -> Fake:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(profiling, "Worker", Fake)
 
 
-def test_a_stream_that_gets_slower_says_so():
-    found = profiling.streaming(steady(33, slower=0.1), 16)
-    assert found["slowdown"] == pytest.approx((1 + 0.1 * 27.5) / (1 + 0.1 * 7.5))
-    assert found["jitter_max_s"] > found["jitter_p95_s"] > found["jitter_p50_s"]
+def prepared(folder: Path, *names: str) -> list[baselines.Prepared]:
+    return [baselines.prepare(models.write(folder, name)) for name in names]
 
 
-def test_the_chunks_that_fill_the_window_are_not_counted():
-    slow_start = [Chunk(0, 0, row.index, row.frames, *(at + 5 for at in (row.begin, row.denoised, row.readable, row.cached))) for row in steady(12)]
-    slow_start[0] = Chunk(0, 0, 0, 9, 0.0, 5.0, 5.01, 5.02)
-    timed = ("dit_fps", "dit_fps_no_context", "e2e_fps", "rtf", "slowdown", "jitter_max_s")
-    found, wanted = profiling.streaming(slow_start, 16), profiling.streaming(steady(12), 16)
-    assert [found[name] for name in timed] == pytest.approx([wanted[name] for name in timed])
-    assert found["ttff_cached_s"] == 5.01
+def test_drift_of_the_machine_does_not_decide_who_is_faster(tmp_path, monkeypatch):
+    """Each turn takes 5 % longer than the one before, and one contender 10 % longer than the other."""
+    seconds = {"slow": 1.1, "fast": 1.0}
+    machine = Machine(drift=1.05)
+    replace_processes(monkeypatch, machine, seconds)
+    directory = profiling.in_turn("pair", prepared(tmp_path, "slow", "fast"), chunks=8, repeats=8)
+    rounds = timing.read_rounds(directory)
+    assert [[one.contender for one in each.turns] for each in rounds[:4]] == [["slow", "fast"], ["fast", "slow"], ["fast", "slow"], ["slow", "fast"]]
+    found = profiling.ratios(rounds, "fast", "slow")["dit_fps"]
+    assert found.value == pytest.approx(1.1, rel=0.002)
+    assert found.low is not None and 1 < found.low < 1.1 < found.high  # type: ignore[operator]
+    # one after another on the same machine, the slow one first: the fast one seems to be the slower
+    alone = Machine(drift=1.05)
+    after = {name: [measured(alone.turn(name, taken, None)) for _ in range(8)] for name, taken in seconds.items()}
+    assert median(after["fast"]) < 0.8 * median(after["slow"])
 
 
-def test_a_stream_that_is_too_short_says_nothing():
-    assert profiling.streaming(steady(4), 16) == {}
+def measured(one: Turn) -> float:
+    fps = timing.TIMINGS["dit_fps"].of(one)
+    assert fps is not None
+    return fps
 
 
-@given(st.lists(st.integers(1, 40), min_size=3, max_size=12), st.sampled_from([0, 1, 2]), st.sampled_from([4, 16]))
-def test_a_viewer_is_the_one_who_looks_at_every_frame(sixteenths, buffer, fps):
-    """Times are sums of sixteenths of a second, so that sums of floats are exact."""
-    rows, now = [], 0.0
-    for index, took in enumerate(sixteenths):
-        now += took / 16
-        rows.append(Chunk(0, 0, index, 9 if index == 0 else 12, 0.0, 0.0, now, now))
-    arrivals = [row.readable for row in rows for _ in range(row.frames)]
-    start = rows[buffer].readable
-    in_time = sum(arrival <= start + number / fps for number, arrival in enumerate(arrivals))
-    clock, stalled = start, 0.0
-    for arrival in arrivals:
-        stalled += max(0.0, arrival - clock)
-        clock = max(clock, arrival) + 1 / fps
-    share, stall = profiling.viewing(rows, fps, buffer)
-    assert share == pytest.approx(in_time / len(arrivals))
-    assert stall == pytest.approx(stalled)
+def test_a_run_that_is_cut_short_goes_on_with_whole_rounds(tmp_path, folders, monkeypatch):
+    ready, seconds = prepared(tmp_path, "a", "b", "c"), {"a": 1.0, "b": 2.0, "c": 3.0}
+    asked: dict[str, Any] = {"chunks": 8, "repeats": 2, "processes": 2}
+    machine = Machine(dies_at=7)  # in the middle of the third round, which is the first of the second processes
+    replace_processes(monkeypatch, machine, seconds)
+    with pytest.raises(KeyboardInterrupt):
+        profiling.in_turn("three", ready, **asked)
+    directory = folders / "runs" / "profile" / "three" / "cpu"
+    assert records.read_run(directory).status == "running"
+    half = (directory / "rounds.jsonl").read_bytes()
+    assert len(timing.read_rounds(directory)) == 2
+    with (directory / "rounds.jsonl").open("ab") as file:
+        file.write(half[: len(half) // 3])  # a line that was being written when the power went
+    again = Machine()
+    replace_processes(monkeypatch, again, seconds)
+    assert profiling.in_turn("three", ready, **asked) == directory
+    assert (again.turns, again.started) == (6, 3)
+    assert (directory / "rounds.jsonl").read_bytes().startswith(half)
+    rounds = timing.read_rounds(directory)
+    assert [(each.process, each.number) for each in rounds] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [tuple(one.contender for one in each.turns) for each in rounds] == [timing.order("abc", number) for number in range(4)]
+    assert set(evidence.read_timings(directory)) == {"a", "b", "c"}
+    files = {file: file.read_bytes() for file in directory.iterdir()}
+    profiling.in_turn("three", ready, **asked)
+    assert {file: file.read_bytes() for file in directory.iterdir()} == files and again.started == 3
+    (directory / "rounds.jsonl").unlink()
+    profiling.in_turn("three", ready, **asked)
+    assert again.started == 9 and evidence.read_timings(directory)
 
 
-@given(st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=1, max_size=5))
-def test_processes_are_weighed_by_their_medians(values):
-    taken = [profiling.Times({"e2e_fps": one}, [], {}) for one in values]
-    found = profiling.summary(taken)["e2e_fps"]
-    medians = values[0] if len(values) == 1 else [sorted(one)[1] for one in values]
-    assert (found["median"], found["min"], found["max"], found["n"]) == (median(medians), min(medians), max(medians), len(medians))
+def test_other_contenders_in_the_same_place_are_refused(tmp_path, monkeypatch):
+    replace_processes(monkeypatch, Machine(), {"a": 1.0, "b": 1.0, "c": 1.0})
+    profiling.in_turn("pair", prepared(tmp_path, "a", "b"), chunks=8, repeats=1)
+    with pytest.raises(UserError, match=r"holds a run with other inputs \(contenders\.b: .* contenders\.c: absent"):
+        profiling.in_turn("pair", prepared(tmp_path, "a", "c"), chunks=8, repeats=1)
 
 
-def test_a_profile_of_a_student(tmp_path, folders):
-    """One process for real: an interpreter of its own, rows that follow each other, numbers that agree with the rows."""
-    directory = profiling.profile(models.write(tmp_path, max_latents=24), chunks=9, repeats=2)
-    assert directory == folders / "runs" / "profile" / "student" / "cpu"
-    run = records.read_run(directory)
-    assert (run.verb, run.name, run.status) == ("profile", "student/cpu", "done")
-    assert (run.recorded["dtype"], run.recorded["device"]) == ("float32", "cpu")
-    assert run.recorded["chunks"] == 7  # 24 latents are 8 chunks, and the last has no context pass
-    rows = records.read_rows(directory / "chunks.jsonl", Chunk)
-    assert [(row.process, row.repeat, row.index, row.frames) for row in rows] == [(0, r, i, 9 if i == 0 else 12) for r in range(2) for i in range(7)]
-    for before, row in zip([None, *rows], rows, strict=False):
-        assert 0 <= row.begin < row.denoised < row.readable < row.cached
-        assert before is None or row.index == 0 or before.cached <= row.begin
-    timing = evidence.read_timing(directory)
-    assert set(evidence.TIMINGS) == {name.removeprefix("profile.") for name in timing.metrics}
-    found = run.result
-    took = [[row.denoised - row.begin + row.cached - row.readable for row in rows if row.repeat == r and row.index >= 3] for r in range(2)]
-    fps = [12 / median(seconds) for seconds in took]
-    assert found["dit_fps"] == {"median": pytest.approx(sum(fps) / 2), "min": pytest.approx(min(fps)), "max": pytest.approx(max(fps)), "n": 2}
-    assert found["dit_fps_no_context"]["median"] > found["dit_fps"]["median"] > found["e2e_fps"]["median"]
-    assert found["cold_start_s"]["median"] > found["ttff_s"]["median"]
-    assert 5e7 < found["peak_memory_bytes"]["median"] < 4e9
-    assert "resident" in run.recorded["memory"]
-    files = {path: path.read_bytes() for path in directory.iterdir()}
-    profiling.profile(models.write(tmp_path, max_latents=24), chunks=9, repeats=2)
-    assert {path: path.read_bytes() for path in directory.iterdir()} == files
+def changed(rounds: list[Round], **how: Any) -> list[Any]:
+    plain = [dataclasses.asdict(each) for each in rounds]
+    plain[0]["turns"][0]["stream"][3].update(how)
+    return plain
+
+
+def test_rounds_that_are_not_whole_are_refused(tmp_path, monkeypatch):
+    replace_processes(monkeypatch, Machine(), {"a": 1.0, "b": 1.0})
+    directory = profiling.in_turn("pair", prepared(tmp_path, "a", "b"), chunks=8, repeats=2)
+    rounds, run = timing.read_rounds(directory), records.read_run(directory)
+    good = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
+
+    def refused(rows: list[Any], sentence: str) -> None:
+        (directory / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match="not what was written"):
+            evidence.read_timings(directory)
+        result = run.result | {"rounds_sha256": records.sha256_of(directory / "rounds.jsonl")}
+        records.write_json(directory / "run.json", records.read_json(directory / "run.json") | {"result": result})
+        with pytest.raises(UserError, match=sentence):
+            evidence.read_timings(directory)
+
+    refused(good[:1], "does not have the 2 rounds that were asked for")
+    refused([good[0], good[0]], "each once")
+    refused([good[0] | {"turns": good[0]["turns"][:1]}, good[1]], "round 0 does not have every contender once")
+    refused(changed(rounds, readable=0.01), "the stream has a chunk 3 whose times do not go forward")
+    refused(changed(rounds, readable=float("nan")), "chunk 3 whose times do not go forward")
+    refused(changed(rounds, cached=None), "the stream lacks a context pass")
+    refused(changed(rounds, index=4), "chunk 4 whose times")
+    short = json.loads(json.dumps(good))
+    short[1]["turns"][1]["clip"].pop()
+    refused(short, "the clip does not have 81 frames")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["a"], [("a", [])]),
+        (["a", "x=1", "y.z=2", "b"], [("a", ["x=1", "y.z=2"]), ("b", [])]),
+        (["a", "a", "x=1"], [("a", []), ("a", ["x=1"])]),
+    ],
+)
+def test_fields_belong_to_the_name_before_them(words, found):
+    assert profiling.grouped(words) == found
+
+
+def test_a_wrong_request_is_refused_before_any_work(tmp_path, folders):
+    path = models.write(tmp_path)
+    how: dict[str, Any] = {"chunks": 5, "repeats": 1}
+    for words, sentence in (
+        ([path], "--compare takes two baselines and 1 is named"),
+        ([path] * 3, "--compare takes two baselines and 3 are named"),
+        ([path, path], "'student' would be timed against itself; set a field"),
+        (["x=1", path], "'x=1' is set for no baseline"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            profiling.profile(words, compare=True, **how)
+    with pytest.raises(UserError, match=r"--chunks 4 never gets steady.* the least is 5"):
+        profiling.profile([path], chunks=4, repeats=1)
+    assert not (folders / "runs").exists()
+
+
+def test_two_settings_of_one_baseline_from_the_command_line(tmp_path, folders, capsys):
+    """Real processes, two of them in turn: rows that follow each other, one JSON document as the last line."""
+    path = models.write(tmp_path, max_latents=24)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["profile", path, path, "sampler.steps=[1000]", "--compare", "--chunks", "9", "--repeats", "2", "--name", "steps"])
+    out = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert any(line.startswith("dit_fps ") for line in out)
+    document = json.loads(out[-1])
+    directory = folders / "runs" / "profile" / "steps" / "cpu"
+    assert Path(document["path"]) == directory
+    names = ["student", "student sampler.steps=[1000]"]
+    assert list(document["timings"]) == sorted(names)
+    assert (document["compare"]["better"], document["compare"]["than"]) == tuple(names)
+    ratio = document["compare"]["ratios"]["dit_fps"]
+    assert ratio["value"] < 1 and ratio["low"] is None and ratio["why"] == "2 rounds in a process, the least is 6"  # five passes against two
+    rounds = timing.read_rounds(directory)
+    fps = {name: [measured(one) for each in rounds for one in each.turns if one.contender == name] for name in names}
+    assert ratio["value"] == pytest.approx(sum(a / b for a, b in zip(*fps.values(), strict=True)) / 2)
+    recorded = document["recorded"]
+    assert recorded["contenders"][names[0]]["precision"] == {"denoiser": "float32", "text": "float32"}
+    assert recorded["contenders"][names[0]]["chunks"] == 7  # 24 latents are 8 chunks, and the last has no context pass
+    assert len(recorded["hardware"]) == 1 and len(recorded["hardware"][0]["before"]["load"]) == 3
+    assert [[one.contender for one in each.turns] for each in rounds] == [names, names[::-1]]
+    for one in (one for each in rounds for one in each.turns):
+        assert [chunk.frames for chunk in one.clip] == [chunk.frames for chunk in one.stream] == [9, *[12] * 6]
+        assert one.clip[-1].cached is None and one.stream[-1].cached is not None
+        stamps = [stamp for chunk in one.stream for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
+        assert stamps == sorted(stamps)  # type: ignore[type-var]
+        assert 5e7 < one.peak_bytes < 4e9 and one.reserved_bytes is None
+    colds = [one.cold_start_s for each in rounds for one in each.turns]
+    assert [cold is None for cold in colds] == [False, False, True, True]
+    assert all(cold > one.clip[0].readable for cold, one in zip(colds[:2], rounds[0].turns, strict=True))  # type: ignore[operator]
+    timed = evidence.read_timings(directory)
+    assert timed[names[0]].columns["profile.dit_fps"] == {("steps/cpu", 0, number): value for number, value in enumerate(fps[names[0]])}
+
+
+def test_what_goes_wrong_in_a_process_is_told_by_the_one_that_asked(tmp_path):
+    ready = baselines.prepare(models.write(tmp_path), random_weights=False)
+    (tmp_path / "student.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match=r"student\.safetensors"):
+        stopwatch.Worker(ready, 0)
+    worker = stopwatch.Worker(baselines.prepare(models.write(tmp_path, "other"), ["sampler.steps=[1000]"]), 0)
+    with worker:
+        assert worker.about["memory"].startswith("resident")
+        os.kill(worker.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="the process that timed 'other' ended with -9, perhaps for lack of memory") as told:
+            worker.turn(0)
+    assert told.value.code == 1
 
 
 def test_a_bidirectional_model_has_only_whole_clips(tmp_path):
     ready = baselines.prepare(models.write(tmp_path, "teacher", sampler=models.TEACHER, max_latents=21))
     assert profiling.possible(ready, 20) == 0
-    times = profiling.measure(ready, 0, 0, 2, 1, 0.0)
-    assert set(times.values) == {"cold_start_s", "ttff_s", "clip_fps", "peak_memory_bytes"}
-    assert times.chunks == []
-    assert all(81 / fps == pytest.approx(first) for fps, first in zip(times.values["clip_fps"], times.values["ttff_s"], strict=True))
+    one = stopwatch.take(stopwatch.warm(ready, 0, 0.0), 0)
+    assert (one.stream, len(one.clip), one.clip[0].frames, one.clip[0].cached) == ((), 1, 81, None)
+    assert one.cold_start_s is not None and one.cold_start_s > 1e9  # since 1970
 
 
 def test_random_weights_need_no_file_and_are_marked(tmp_path):
     path = models.write(tmp_path)
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(UserError, match=r"weights 'student\.safetensors'"):
-        profiling.profile(path, chunks=5, repeats=1)
+        profiling.profile([path], chunks=5, repeats=1)
     ready = baselines.prepare(path, random_weights=True)
     assert ready.inputs()["weights_sha256"] == "random"
-    assert float(ready.open().denoiser.head.head.weight.std()) == pytest.approx(0.02, rel=0.1)
+    contestant = stopwatch.warm(ready, 0, 0.0)
+    assert contestant.about["weights_sha256"] == "random"
+    assert float(contestant.backbone.denoiser.head.head.weight.std()) == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets the peak")
@@ -139,7 +262,7 @@ def test_memory_held_before_the_meter_starts_is_not_counted():
     mebibyte = 2**20
     held = bytearray(b"x" * (300 * mebibyte))
     del held
-    what, peak = profiling.meter()
+    what, peak = stopwatch.meter()
     before = peak()
     held = bytearray(b"x" * (100 * mebibyte))
     assert what == "resident after warm-up"
@@ -147,7 +270,10 @@ def test_memory_held_before_the_meter_starts_is_not_counted():
     del held
 
 
-def test_too_few_chunks_are_refused(tmp_path, folders):
-    with pytest.raises(UserError, match=r"--chunks 4 never gets steady.* the least is 5"):
-        profiling.profile(models.write(tmp_path), chunks=4, repeats=1)
-    assert not (folders / "runs").exists()
+@pytest.mark.gpu
+def test_a_gpu_is_timed_by_its_own_clock(tmp_path):
+    ready = baselines.prepare(models.write(tmp_path))
+    one = stopwatch.take(stopwatch.warm(ready, 6, 0.0), 0)
+    stamps = [stamp for chunk in one.stream for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
+    assert stamps == sorted(stamps)  # type: ignore[type-var]
+    assert 0 < one.peak_bytes <= one.reserved_bytes < one.device_bytes < torch.cuda.get_device_properties(0).total_memory  # type: ignore[operator]

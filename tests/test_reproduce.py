@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rfbench import config, generate, profiling, records, reproduce, train
+from rfbench import config, generate, records, reproduce, stopwatch, train
 from rfbench.errors import UserError
+from rfbench.report import evidence
 from tests import models
 
 OPTIM = {"lr": 1.0e-3}
@@ -76,7 +77,8 @@ def test_every_contender_has_a_run_per_training_seed(tmp_path):
     names = {member.name: member for member in plan.members}
     runs = [f"tiny/{name}-s{seed}" for name in ("student", "variant", "further") for seed in (3, 4)]
     assert list(names) == ["tiny/base", "tiny/forgetful", *runs]
-    assert [names[name].timed for name in runs] == [True, False] * 3
+    forgetful, itself = "tiny/forgetful", [names[name].timed_as for name in names]
+    assert itself == ["tiny/base", forgetful, *["tiny/student-s3"] * 2, *["tiny/variant-s3"] * 2, *["tiny/further-s3"] * 2]
     assert names["tiny/variant-s4"].training == "tiny/student-s4"
     assert Path(names["tiny/variant-s4"].baseline).parts[-4:] == ("train", "tiny", "student-s4", "baseline.yaml")
     caches = {name: member.cfg.sampler.cache for name, member in names.items()}
@@ -173,7 +175,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     note(train.Trainer, "_advance", "step")
     note(generate, "_film", "film")
-    note(profiling, "_in_new_process", "time")
+    note(stopwatch.Worker, "turn", "turn")
     return noted
 
 
@@ -191,10 +193,14 @@ def test_a_tiny_study_from_nothing_to_its_report(tmp_path, folders, calls, capsy
     assert not (folders / "runs").exists()
 
     reproduce.reproduce(path, only=["teacher"], limit=1)
-    assert calls == ["step", "step", "film", "time"]
+    assert calls == ["step", "step", "film"]
+    assert "timing is left out" in capsys.readouterr().err
     calls.clear()
     assert reproduce.reproduce(path, limit=1) == page == folders / "reports" / "tiny" / "index.html"
-    assert calls == ["step"] * 2 + ["film", "time", "film"] * 2
+    assert calls == ["step"] * 2 + ["film"] * 4 + ["turn"] * 3
+    assert set(evidence.read_timings(folders / "runs" / "profile" / "tiny" / "cpu")) == {
+        f"tiny/{name}" for name in ("teacher-s0", "student-s0", "student-s1", "forgetful-s0", "forgetful-s1")
+    }
     runs = folders / "runs"
     for seed in (0, 1):
         alphas = [
@@ -210,7 +216,8 @@ def test_a_tiny_study_from_nothing_to_its_report(tmp_path, folders, calls, capsy
     }
     assert weights["student-s1"] == weights["forgetful-s1"] != weights["student-s0"]
     (verdict,) = csv.DictReader((folders / "reports" / "tiny" / "claims.csv").open(encoding="utf-8"))
-    assert verdict["verdict"] == "inconclusive"  # timed once: there is no spread to compare a difference with
+    assert verdict["verdict"] == "inconclusive" and "1 round in a process" in verdict["reason"]
+    assert float(verdict["improvement"]) != 0
 
     calls.clear()
     before = {file: file.read_bytes() for file in folders.rglob("*") if file.is_file()}

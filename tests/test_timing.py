@@ -91,7 +91,8 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
     for buffer in (0, 1, 2):
         start = stream[buffer].readable
         in_time = sum(arrival <= start + number / fps for number, (arrival, _) in enumerate(arrivals))
-        shown, stalls = start, {}
+        shown = start
+        stalls: dict[int, float] = {}
         for arrival, index in arrivals:
             if arrival > shown:
                 stalls[index] = stalls.get(index, 0.0) + arrival - shown
@@ -128,10 +129,8 @@ def test_a_late_stream_stalls_less_the_more_is_in_store():
 
 
 def test_the_chunks_that_fill_the_window_are_not_counted():
-    slow = [
-        Chunk(row.index, row.frames, *(at + 5 for at in (row.begin, row.denoised, row.readable)), None if row.cached is None else row.cached + 5)
-        for row in steady(12)
-    ]
+    stamps = ("begin", "denoised", "readable", "cached")
+    slow = [dataclasses.replace(row, **{name: getattr(row, name) + 5 for name in stamps}) for row in steady(12)]
     slow[0] = Chunk(0, 9, 0.0, 5.0, 5.01, 5.02)
     names = ("dit_fps", "dit_fps_no_context", "e2e_fps", "rtf", "slowdown", "jitter_max_s")
     found, wanted = measured(turn(tuple(slow))), measured(turn(steady(12)))

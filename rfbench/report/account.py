@@ -13,8 +13,8 @@ from rfbench.statistics import INCONCLUSIVE
 
 
 def runs_of(board: Board) -> list[Run]:
-    """Every run that the board was read from."""
-    timed = [timing.run for timings in board.timings.values() for timing in timings]
+    """Every run that the board was read from; one profile run may have timed all contenders."""
+    timed = {timed.run.name: timed.run for found in board.timings.values() for timed in found}.values()
     return [*(bench.run for bench in board.benches.values()), *timed, *(log.run for log in board.trainings)]
 
 
@@ -127,7 +127,7 @@ def limits(board: Board, findings: Sequence[Finding]) -> list[str]:
     for finding in findings:
         if finding.verdict == INCONCLUSIVE and finding.detectable is not None:
             scale, places = finding_numbers(board, finding)
-            size = f"{shown(finding.detectable * scale, places)} {difference_unit(board.metrics[finding.claim.metric])}"
+            size = f"{shown(finding.detectable * scale, places)} {difference_unit(board, finding)}"
             found.append(
                 f"“{finding.claim.text}” is open: a true difference of {size} in {label(finding.claim.metric)} would be found four times in five."
             )

@@ -6,17 +6,20 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rfbench import statistics
+from rfbench import statistics, timing
 from rfbench.config import Claim, Study
 from rfbench.errors import UserError, did_you_mean
-from rfbench.report.evidence import TIMINGS
-from rfbench.report.leaderboard import NUMBER, Board, Cell, Row, suite_name
+from rfbench.report.leaderboard import BOARD, NUMBER, Board, Cell, Row, suite_name
 from rfbench.statistics import INCONCLUSIVE, NOT_RUN, REPRODUCED
+from rfbench.timing import TIMINGS
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the cells make of a claim. `value`, `low` and `high` are the improvement: positive where the claim says so."""
+    """What the cells make of a claim. `value`, `low` and `high` are the improvement: positive where the claim says so.
+
+    It is a difference in the metric's unit; of timings it is how many per cent better one is than the other.
+    """
 
     claim: Claim
     verdict: str
@@ -26,7 +29,7 @@ class Finding:
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    published: float | None = None  # the same difference as printed
+    published: float | None = None  # the same improvement as printed
     detectable: float | None = None  # smallest true difference that this much data finds four times in five
     seeds: int = 0  # training seeds that carry it; 0 where nothing was trained
 
@@ -46,7 +49,8 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     higher_is_better = board.metrics[claim.metric].higher_is_better if claim.metric in board.metrics else True
     sign = 1.0 if higher_is_better else -1.0
     if claim.published is not None and claim.metric in board.metrics:
-        published = sign * (claim.published.better - claim.published.than)
+        printed = claim.published.better, claim.published.than
+        published = _percent(*(printed if sign > 0 else printed[::-1])) if timed(claim) else sign * (printed[0] - printed[1])
     columns = board.hardware if claim.suite is None else (suite_name(claim.suite),)
     pairs = [(board.cells.get((claim.better, column, claim.metric)), board.cells.get((claim.than, column, claim.metric))) for column in columns]
     whole = [pair for pair in pairs if all(cell is not None and cell.state == NUMBER for cell in pair)]
@@ -78,19 +82,34 @@ def _why_not(board: Board, claim: Claim) -> list[str]:
     suite, scorer = suite_name(claim.suite or ""), claim.metric.partition(".")[0]
     runs = [run for row in board.rows if row.name in (claim.better, claim.than) for run in row.runs]
     found = [reason for (run, column, by), (_, reason) in board.problems.items() if run in runs and column == suite and by in ("", scorer)]
+    found += [reason for (run, *_), (_, reason) in board.problems.items() if run == BOARD and timed(claim)]
     return [*found, f"there are no numbers for '{claim.metric}'"]
 
 
 def _judge_timing(found: Finding, better: Cell, than: Cell, sign: float) -> Finding:
-    """A difference of timings holds if the ranges over all repetitions are that far apart."""
-    assert better.value is not None and better.low is not None and better.high is not None
-    assert than.value is not None and than.low is not None and than.high is not None
-    ends = sorted((sign * (better.low - than.high), sign * (better.high - than.low)))
-    found = dataclasses.replace(found, value=sign * (better.value - than.value), low=ends[0], high=ends[1], seeds=0)
-    if min(better.repeats, than.repeats) < 2:
-        return dataclasses.replace(found, low=None, high=None, reason="timed once: no spread to compare the difference with")
-    verdict = statistics.verdict(found.low, found.high, found.claim.margin)
-    return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, "", "the range over repetitions"))
+    """The ratio of two timings, over the rounds in which both took a turn."""
+    found = dataclasses.replace(found, seeds=0)
+    if {(source["run"], source["timed"]) for source in better.sources} == {(source["run"], source["timed"]) for source in than.sources}:
+        return dataclasses.replace(found, value=0.0, reason="the two differ in their weights alone and were timed as one")
+    try:
+        measured = timing.compared(better.rounds, than.rounds, higher_is_better=sign > 0)
+    except ValueError as error:
+        return dataclasses.replace(found, verdict=NOT_RUN, reason=f"the two cannot be compared: {error}; time them in turn, in one run")
+    low, high = (None if end is None else _percent(end, 1) for end in (measured.low, measured.high))
+    found = dataclasses.replace(found, value=_percent(measured.value, 1), low=low, high=high)
+    verdict = statistics.verdict(low, high, found.claim.margin)
+    rounds = f"the 95 % interval over {measured.rounds} paired rounds"
+    caution = "; one process each: another start may say otherwise" if measured.processes == 1 and low is not None else ""
+    return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, measured.why, rounds) + caution)
+
+
+def timed(claim: Claim) -> bool:
+    """Whether a claim is about a timing."""
+    return claim.metric.startswith("profile.")
+
+
+def _percent(better: float, than: float) -> float:
+    return 100 * (better / than - 1)
 
 
 def _reason(found: Finding, verdict: str, why: str, interval: str) -> str:

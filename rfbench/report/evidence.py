@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfbench import records
+from rfbench import records, timing
 from rfbench.config import Baseline
 from rfbench.errors import UserError
-from rfbench.records import Chunk, Clip, Run, Score
+from rfbench.records import Clip, Run, Score
 from rfbench.scorers.base import Metric, verify_video
 from rfbench.strict import build
-
-TIMINGS = {
-    "dit_fps": Metric(True, "FPS", "Frames of a chunk over the median time of its steps and its context pass, from chunk 3 on; no decoding."),
-    "e2e_fps": Metric(True, "FPS", "Frames after chunk 2 over the time that they take until they can be read: decoding and copying included."),
-    "clip_fps": Metric(True, "FPS", "Frames of an 81 frame clip over the time from request to last frame: text encoder included, what a user sees."),
-    "ttff_s": Metric(False, "s", "Time from the request of a new prompt to its first frame."),
-    "rtf": Metric(True, "×", "Seconds of video per second of computing; above 1 is faster than real time."),
-    "slowdown": Metric(False, "×", "Median time of a chunk in the last third of a stream over that in the first third: 1 is constant cost."),
-    "peak_memory_bytes": Metric(False, "bytes", "Most memory that was held after warm-up: allocated on a GPU, resident on a CPU."),
-}
+from rfbench.timing import Chunk, Key
 
 
 @dataclass(frozen=True)
@@ -56,25 +47,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A timing over repetitions: its median, and the range that is not to be claimed."""
+class Timed:
+    """One contender timed on one machine."""
 
-    median: float
-    low: float
-    high: float
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One baseline timed on one machine."""
-
-    directory: Path
     run: Run
-    baseline: str
-    hardware: str
-    metrics: dict[str, Spread]  # `profile.<metric>` -> spread
-    chunks: tuple[Chunk, ...]
+    contender: str  # as the run calls it; of contenders that differ in weights alone, the one that was timed
+    weights_sha256: str
+    columns: dict[str, dict[Key, float]]  # `profile.<metric>` -> value of each round
+    streams: tuple[tuple[Chunk, ...], ...]  # of each round
 
 
 @dataclass(frozen=True)
@@ -208,29 +188,49 @@ def _in_order(found: dict[str, dict[int, float]], what: str, again: str) -> dict
     return {clip: tuple(parts[i] for i in range(count)) for clip, parts in found.items()}
 
 
-def read_timing(directory: Path) -> Timing:
-    """Headline timings and chunk rows of a profile run.
+def read_timings(directory: Path) -> dict[str, Timed]:
+    """What a profile run timed, by contender; those that another was timed for are there as well.
 
     Raises:
-        UserError: not done, or a timing is not a positive number.
+        UserError: not done, not the rounds that were asked for, not what was written, or times that go backwards.
     """
     run = finished(directory, "profile")
-    baseline, _, hardware = run.name.rpartition("/")
-    metrics = {}
-    for name, found in run.result.items():
-        if name not in TIMINGS or not isinstance(found, Mapping):
-            continue
-        spread = Spread(float(found["median"]), float(found["min"]), float(found["max"]), int(found["n"]))
-        if not all(math.isfinite(value) and value > 0 for value in (spread.median, spread.low, spread.high)):
-            raise UserError(f"{directory}: '{name}' is {found}, not a timing; profile it again")
-        metrics[f"profile.{name}"] = spread
-    chunks = records.read_rows(directory / "chunks.jsonl", Chunk)
-    for before, chunk in itertools.pairwise(sorted(chunks, key=lambda chunk: (chunk.process, chunk.repeat, chunk.index))):
-        if (before.process, before.repeat) == (chunk.process, chunk.repeat) and not before.readable < chunk.readable:
-            raise UserError(f"{directory}/chunks.jsonl: chunk {chunk.index} is readable before the one before it; profile it again")
-    if not metrics:
-        raise UserError(f"{directory}: its run.json has no timings; profile it again")
-    return Timing(directory, run, baseline, hardware, metrics, tuple(chunks))
+    again = "profile it again with --fresh"
+    if run.result.get("rounds_sha256") != records.sha256_of(directory / "rounds.jsonl"):
+        raise UserError(f"{directory}: rounds.jsonl is not what was written; {again}")
+    rounds = timing.read_rounds(directory)
+    names = declared(run, "contenders")
+    asked = {(process, number) for process in range(declared(run, "processes")) for number in range(declared(run, "repeats"))}
+    if sorted(asked) != sorted((each.process, each.number) for each in rounds):
+        raise UserError(f"{directory}/rounds.jsonl does not have the {len(asked)} rounds that were asked for, each once; {again}")
+    for each in rounds:
+        if sorted(turn.contender for turn in each.turns) != sorted(names):
+            raise UserError(f"{directory}/rounds.jsonl: round {each.number} does not have every contender once; {again}")
+        for turn in each.turns:
+            where = f"{directory}/rounds.jsonl: of '{turn.contender}' in round {each.number}"
+            if sum(chunk.frames for chunk in turn.clip) != timing.CLIP:
+                raise UserError(f"{where} the clip does not have {timing.CLIP} frames; {again}")
+            if any(chunk.cached is None for chunk in turn.stream):
+                raise UserError(f"{where} the stream lacks a context pass; {again}")
+            _forward(turn.clip, f"{where} the clip", again)
+            _forward(turn.stream, f"{where} the stream", again)
+    found = {}
+    for name, columns in timing.values(rounds, run.name).items():
+        streams = tuple(turn.stream for each in rounds for turn in each.turns if turn.contender == name)
+        weights = str(names[name]["weights_sha256"])
+        found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams)
+    return found | {name: found[other] for name, other in run.recorded.get("timed_as", {}).items()}
+
+
+def _forward(chunks: Sequence[Chunk], what: str, again: str) -> None:
+    """Chunks that follow each other in time, each of which took some; NaN is never later than anything."""
+    ended = 0.0
+    for number, chunk in enumerate(chunks):
+        stamps = [stamp for stamp in (ended, chunk.begin, chunk.denoised, chunk.readable, chunk.cached) if stamp is not None]
+        forward = all(before <= after for before, after in itertools.pairwise(stamps)) and chunk.begin < chunk.denoised
+        if chunk.index != number or chunk.frames < 1 or not forward or not math.isfinite(stamps[-1]):
+            raise UserError(f"{what} has a chunk {chunk.index} whose times do not go forward from the one before; {again}")
+        ended = chunk.readable  # a context pass that is left to the device may end when the next chunk has begun
 
 
 def read_training(directory: Path) -> Training:

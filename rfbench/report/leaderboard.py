@@ -6,24 +6,26 @@ where it came from, or with the reason why there is none. Without a study a run 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from rfbench import config, records, statistics
+from rfbench import config, records, statistics, timing
 from rfbench.config import Baseline, Contender, Reported, Study
 from rfbench.errors import UserError, did_you_mean
 from rfbench.report import evidence
-from rfbench.report.evidence import TIMINGS, Bench, Scores, Timing, Training
+from rfbench.report.evidence import Bench, Scores, Timed, Training
 from rfbench.scorers.base import Metric
 from rfbench.statistics import Interval, Sample
+from rfbench.timing import TIMINGS, Key
 
 NUMBER, NOT_RUN, INCOMPLETE, LEFT_OUT = "number", "not run", "incomplete", "not asked for"
+BOARD = "profile"  # stands for all contenders where a problem is with the run that times them in turn
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class Cell:
     clips: int = 0
     prompts: int = 0
     seeds: int = 0
-    repeats: int = 0  # of a timing
+    repeats: int = 0  # of a timing: processes, or rounds of the only one
     sources: tuple[dict[str, Any], ...] = ()  # one per run
     saw: bool = False  # optimised in training
     best: bool = False
     tied: bool = False  # its paired difference from the best is not told from zero
     sample: Sample | None = field(default=None, repr=False, compare=False)
+    rounds: dict[Key, float] = field(default_factory=dict, repr=False, compare=False)  # of a timing: its value in each round
 
 
 Problems = dict[tuple[str, str, str], tuple[str, str]]  # (run, suite or hardware, scorer or "" for all) -> state, reason
@@ -80,7 +83,7 @@ class Board:
     cells: dict[tuple[str, str, str], Cell]  # (row, suite or hardware, metric)
     benches: dict[tuple[str, str], Bench]  # (run, suite)
     scores: dict[tuple[str, str], tuple[Scores, ...]]
-    timings: dict[tuple[str, str], tuple[Timing, ...]]  # (row, hardware)
+    timings: dict[tuple[str, str], tuple[Timed, ...]]  # (row, hardware)
     problems: Problems
     trainings: tuple[Training, ...] = ()
     needs: str = ""
@@ -137,8 +140,9 @@ def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str],
     """
     rows = study_rows(study, config.name_of(name))
     runs = [run for row in rows for run in row.runs]
-    hardware = tuple(dict.fromkeys(machine for run in runs for machine in hardware_of(run))) if study.profile else ()
-    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, hardware, find, strict=False)
+    called = config.name_of(name)
+    profiles = {machine: [path] for machine in hardware_of(called) if (path := find("profile", f"{called}/{machine}"))} if study.profile else {}
+    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, profiles, find, strict=False)
     logs = [path for run in runs if (path := find("train", run)) is not None]
     if not board.benches:
         reasons = sorted({reason for _, reason in board.problems.values()})
@@ -168,24 +172,35 @@ def read_runs(directories: Sequence[Path]) -> Board:
                 f"{directory} is {'a second' if run.verb in kinds else 'no'} run that a report can show ({run.verb} {run.name}); leave it out"
             )
         kinds[run.verb][run.name] = directory
-    names = list(dict.fromkeys(name.rpartition("/")[0] for verb in ("generate", "profile") for name in kinds[verb]))
+    profiles: dict[str, list[Path]] = {}
+    timed: list[str] = []
+    for name, directory in kinds["profile"].items():
+        profiles.setdefault(name.rpartition("/")[2], []).append(directory)
+        timed += evidence.read_timings(directory)
+    names = list(dict.fromkeys([*(name.rpartition("/")[0] for name in kinds["generate"]), *timed]))
     suites = tuple(dict.fromkeys(name.rpartition("/")[2] for name in kinds["generate"]))
-    hardware = tuple(dict.fromkeys(name.rpartition("/")[2] for name in kinds["profile"]))
     if not suites:
         raise UserError("none of these runs has clips to report on; name a run of generate, for example reward-forcing/toy-short")
     rows = tuple(Row(name, (name,), suites=tuple(suite for suite in suites if f"{name}/{suite}" in kinds["generate"])) for name in names)
-    board = _read(rows, suites, None, hardware, lambda verb, name: kinds[verb].get(name), strict=True)
+    board = _read(rows, suites, None, profiles, lambda verb, name: kinds[verb].get(name), strict=True)
     return dataclasses.replace(board, trainings=tuple(evidence.read_training(path) for path in kinds["train"].values()))
 
 
 def _read(
-    rows: Sequence[Row], suites: tuple[str, ...], scorers: tuple[str, ...] | None, hardware: tuple[str, ...], find: Find, *, strict: bool
+    rows: Sequence[Row],
+    suites: tuple[str, ...],
+    scorers: tuple[str, ...] | None,
+    profiles: dict[str, list[Path]],
+    find: Find,
+    *,
+    strict: bool,
 ) -> Board:
-    """Read all runs of all rows; with `strict` the first problem is raised instead of noted."""
+    """Read all runs of all rows and the profile runs of each hardware; with `strict` the first problem is raised instead of noted."""
     benches: dict[tuple[str, str], Bench] = {}
     scores: dict[tuple[str, str], tuple[Scores, ...]] = {}
-    timings: dict[tuple[str, str], tuple[Timing, ...]] = {}
+    timings: dict[tuple[str, str], tuple[Timed, ...]] = {}
     problems: Problems = {}
+    hardware = tuple(profiles)
 
     def attempt(place: tuple[str, str, str], directory: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -209,11 +224,12 @@ def _read(
                 wanted = evidence.scorers_of(bench) if scorers is None else scorers
                 found = [attempt((run, suite, scorer), directory, evidence.read_scores, bench, scorer) for scorer in wanted]
                 benches[run, suite], scores[run, suite] = bench, tuple(item for item in found if item is not None)
-        for machine in hardware:
-            paths = [(run, find("profile", f"{run}/{machine}")) for run in row.runs]
-            read = [attempt((run, machine, ""), path, evidence.read_timing, path) for run, path in paths if path is not None]
-            if any(read):
-                timings[row.name, machine] = tuple(item for item in read if item is not None)
+    for machine, directories in profiles.items():
+        for directory in directories:
+            timed = attempt((BOARD, machine, ""), directory, evidence.read_timings, directory) or {}
+            for row in rows:
+                if there := tuple(timed[run] for run in row.runs if run in timed):
+                    timings[row.name, machine] = timings.get((row.name, machine), ()) + there
     _same_conditions(benches, scores, problems, strict=strict)
     rows = tuple(_described(row, [bench.baseline for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
     columns, metrics = _columns(suites, scores, hardware, timings)
@@ -226,6 +242,7 @@ def _read(
             for metric in columns[machine]:
                 cells[row.name, machine, metric] = _timed(row, machine, metric, timings.get((row.name, machine), ()), problems)
     _rank(cells, metrics)
+    columns |= {machine: tuple(metric for metric in columns[machine] if TIMINGS[metric.partition(".")[2]].headline) for machine in hardware}
     return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
 
 
@@ -270,7 +287,7 @@ def _columns(
     suites: Sequence[str],
     scores: dict[tuple[str, str], tuple[Scores, ...]],
     hardware: Sequence[str],
-    timings: dict[tuple[str, str], tuple[Timing, ...]],
+    timings: dict[tuple[str, str], tuple[Timed, ...]],
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Metric]]:
     """The metrics that say something, by suite and by hardware, in the order of their scorers."""
     columns: dict[str, tuple[str, ...]] = {}
@@ -280,10 +297,9 @@ def _columns(
         columns[suite] = tuple(dict.fromkeys(metric for item in found for metric in item.metrics if metric in item.values))
         metrics |= {metric: text for item in found for metric, text in item.metrics.items()}
     for machine in hardware:
-        timed = [timing for (_, name), items in timings.items() if name == machine for timing in items]
-        there = {metric for timing in timed for metric in timing.metrics}
+        there = {metric for (_, name), items in timings.items() if name == machine for timed in items for metric in timed.columns}
         columns[machine] = tuple(f"profile.{name}" for name in TIMINGS if f"profile.{name}" in there)
-        metrics |= {f"profile.{name}": text for name, text in TIMINGS.items() if f"profile.{name}" in there}
+        metrics |= {f"profile.{name}": definition.metric for name, definition in TIMINGS.items() if f"profile.{name}" in there}
     return columns, metrics
 
 
@@ -354,26 +370,19 @@ def _cell(
     )
 
 
-def _timed(row: Row, machine: str, metric: str, timings: tuple[Timing, ...], problems: Problems) -> Cell:
-    """Median of medians over the timed runs of a row, and the whole range."""
+def _timed(row: Row, machine: str, metric: str, timings: tuple[Timed, ...], problems: Problems) -> Cell:
+    """Median and range over processes, or over the rounds of the only one."""
     empty = Cell(row.name, machine, metric)
-    broken = [problems[run, machine, ""] for run in row.runs if (run, machine, "") in problems]
-    if broken:
-        return dataclasses.replace(empty, state=broken[0][0], reason=broken[0][1])
     if not timings:
-        return dataclasses.replace(empty, state=NOT_RUN, reason=f"{row.name} has not been profiled on {machine}")
-    found = [(timing, timing.metrics[metric]) for timing in timings if metric in timing.metrics]
+        state, reason = problems.get((BOARD, machine, ""), (NOT_RUN, f"{row.name} has not been profiled on {machine}"))
+        return dataclasses.replace(empty, state=state, reason=reason)
+    found = [timed for timed in timings if metric in timed.columns]
     if not found:
         return dataclasses.replace(empty, state=LEFT_OUT, reason=f"'{metric}' does not apply: {row.name} does not stream, or not for long enough")
-    return dataclasses.replace(
-        empty,
-        value=median(spread.median for _, spread in found),
-        low=min(spread.low for _, spread in found),
-        high=max(spread.high for _, spread in found),
-        repeats=sum(spread.repeats for _, spread in found),
-        seeds=len(found) if row.seeds else 0,
-        sources=tuple(source(timing.run.name, timing.run, weights_sha256=timing.run.inputs.get("weights_sha256")) for timing, _ in found),
-    )
+    rounds = {key: value for timed in found for key, value in timed.columns[metric].items()}
+    spread = timing.spread(rounds)
+    sources = tuple(source(timed.run.name, timed.run, weights_sha256=timed.weights_sha256, timed=timed.contender) for timed in found)
+    return dataclasses.replace(empty, value=spread.median, low=spread.low, high=spread.high, repeats=spread.repeats, sources=sources, rounds=rounds)
 
 
 def _rank(cells: dict[tuple[str, str, str], Cell], metrics: dict[str, Metric]) -> None:
@@ -389,8 +398,11 @@ def _rank(cells: dict[tuple[str, str, str], Cell], metrics: dict[str, Metric]) -
 
 
 def _tied(leader: Cell, cell: Cell) -> bool:
-    """Whether the difference from the leader may be zero: by their paired interval, or for timings by overlapping ranges."""
+    """Whether the difference from the leader may be zero: by their paired interval, or for timings of separate runs by overlapping ranges."""
     if leader.sample is None or cell.sample is None:
+        with contextlib.suppress(ValueError):
+            ratio = timing.compared(leader.rounds, cell.rounds, higher_is_better=True)
+            return ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high
         return None not in (leader.low, leader.high, cell.low, cell.high) and not (cell.high < leader.low or leader.high < cell.low)  # type: ignore[operator]
     try:
         found = statistics.difference(leader.sample, cell.sample)

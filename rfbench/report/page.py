@@ -13,7 +13,7 @@ from rfbench.report import account, plots
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
 from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell, Row
-from rfbench.report.tables import arrow, column_decimals, finding_numbers, improvement, label, printed, ranged, shown, unit_of
+from rfbench.report.tables import arrow, column_decimals, finding_numbers, improvement, label, printed, published, ranged, shown, unit_of
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, NOT_RUN, REPRODUCED, VERDICTS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -98,10 +98,10 @@ def _finding(board: Board, finding: Finding) -> dict[str, Any]:
     claim, metric = finding.claim, board.metrics.get(finding.claim.metric)
     measured = finding.value is not None and finding.better is not None and finding.than is not None
     what = f"{label(claim.metric)} {arrow(metric) if metric else ''}{f', {claim.suite}' if claim.suite else ''}"
-    published = None
+    told = None
     if claim.published is not None:
-        difference = "" if finding.published is None else f"{finding.published:+.4g}: ".replace("-", "−")
-        published = f"{difference}{claim.published.better:g} against {claim.published.than:g} ({claim.published.source})"
+        difference = published(finding)
+        told = f"{difference}{': ' if difference else ''}{claim.published.better:g} against {claim.published.than:g} ({claim.published.source})"
     return {
         "verdict": finding.verdict,
         "text": claim.text,
@@ -112,7 +112,7 @@ def _finding(board: Board, finding: Finding) -> dict[str, Any]:
         "reason": (finding.reason if finding.verdict == NOT_RUN else finding.reason[0].upper() + finding.reason[1:]) + "." + _carried(finding),
         "improvement": improvement(board, finding),
         "drawing": _drawing(board, finding) if measured else None,
-        "published": published,
+        "published": told,
     }
 
 
@@ -164,7 +164,7 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
 
 def _subtitle(board: Board, column: str, timed: bool) -> str:
     if timed:
-        return "median and range over repetitions"
+        return "median and range over rounds, or over processes where there are several"
     clips = next((bench.clips for (_, suite), bench in board.benches.items() if suite == column), ())
     return f"{len(clips)} clips of {clips[0].frames / clips[0].fps:.0f} s per run, {len({clip.prompt_id for clip in clips})} prompts" if clips else ""
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rfbench import statistics
-from rfbench.report.evidence import Timing, Training
+from rfbench.report.evidence import Timed, Training
 from rfbench.report.leaderboard import NUMBER, Board, Row
 from rfbench.report.tables import label, unit_of
 from rfbench.scorers.base import segments
@@ -123,9 +123,7 @@ def _speed_plots(board: Board, machine: str, numbers: dict[str, int]) -> Iterato
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         title = f"FPS against length of the video, {machine}"
-        yield Plot(
-            title, "End-to-end frames per second of each chunk, median over repetitions: flat is constant cost.", svg(figure, title, board), rows
-        )
+        yield Plot(title, "End-to-end frames per second of each chunk, median over rounds: flat is constant cost.", svg(figure, title, board), rows)
     pair = ("profile.dit_fps", "profile.e2e_fps")
     both = [row for row, _ in timed if all(board.cells.get((row.name, machine, metric)) for metric in pair)]
     both = [row for row in both if all(board.cells[row.name, machine, metric].state == NUMBER for metric in pair)]
@@ -144,23 +142,18 @@ def _speed_plots(board: Board, machine: str, numbers: dict[str, int]) -> Iterato
         axes.set_xlim(left=0)
         axes.set_xlabel("FPS")
         title = f"What the decoder costs, {machine}"
-        text = "Rings: denoiser alone (DiT FPS). Dots: end to end. Lines through them: range over repetitions."
+        text = "Rings: denoiser alone (DiT FPS). Dots: end to end. Lines through them: range over rounds."
         yield Plot(title, text, svg(figure, title, board), tuple(numbers[row.name] for row in both))
 
 
-def fps_by_length(timings: Sequence[Timing]) -> tuple[list[int], list[float]] | None:
+def fps_by_length(timings: Sequence[Timed]) -> tuple[list[int], list[float]] | None:
     """Frames made when a chunk is readable, and its frames over the time since the chunk before was: medians over repetitions."""
     by_index: dict[int, list[tuple[int, float]]] = {}
-    for timing in timings:
-        repeats: dict[tuple[int, int], list[Any]] = {}
-        for chunk in timing.chunks:
-            repeats.setdefault((chunk.process, chunk.repeat), []).append(chunk)
-        for chunks in repeats.values():
-            chunks.sort(key=lambda chunk: chunk.index)
-            made = chunks[0].frames
-            for before, chunk in itertools.pairwise(chunks):
-                made += chunk.frames
-                by_index.setdefault(chunk.index, []).append((made, chunk.frames / (chunk.readable - before.readable)))
+    for chunks in (stream for timed in timings for stream in timed.streams):
+        made = chunks[0].frames if chunks else 0
+        for before, chunk in itertools.pairwise(chunks):
+            made += chunk.frames
+            by_index.setdefault(chunk.index, []).append((made, chunk.frames / (chunk.readable - before.readable)))
     if len(by_index) < 3:
         return None
     return [found[0][0] for _, found in sorted(by_index.items())], [median(fps for _, fps in found) for _, found in sorted(by_index.items())]

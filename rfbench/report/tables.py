@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from rfbench.report import claims
 from rfbench.report.claims import Finding
 from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell
 from rfbench.scorers.base import Metric
@@ -24,9 +25,10 @@ def unit_of(metric: Metric) -> tuple[float, str]:
     return (1e-6, "MB") if metric.unit == "bytes" else (1.0, metric.unit)
 
 
-def difference_unit(metric: Metric) -> str:
-    """The unit of a difference: points, where the numbers are percentages."""
-    return "points" if metric.unit == "%" else unit_of(metric)[1]
+def difference_unit(board: Board, finding: Finding) -> str:
+    """The unit of an improvement: per cent of a timing, else that of the metric, and points where that is per cent."""
+    metric = board.metrics[finding.claim.metric]
+    return "%" if claims.timed(finding.claim) else "points" if metric.unit == "%" else unit_of(metric)[1]
 
 
 def decimals(numbers: Sequence[tuple[float | None, float | None, float | None]]) -> int:
@@ -60,6 +62,7 @@ def ranged(low: float | None, high: float | None, places: int, *, sign: bool = F
 def label(metric: str) -> str:
     """`motion.dynamic_degree` as `dynamic degree`."""
     names = {"dit_fps": "DiT FPS", "e2e_fps": "end-to-end FPS", "clip_fps": "clip FPS", "ttff_s": "first frame", "rtf": "real-time factor"}
+    names |= {"dit_fps_no_context": "DiT FPS without context pass", "deadline_1": "frames in time"}
     name = metric.partition(".")[2]
     return names.get(name, name.removesuffix("_bytes").replace("_", " "))
 
@@ -77,7 +80,7 @@ def counted(findings: Sequence[Finding]) -> str:
 def finding_numbers(board: Board, finding: Finding) -> tuple[float, int]:
     """Scale and decimals at which a finding is printed."""
     metric = board.metrics.get(finding.claim.metric)
-    scale = unit_of(metric)[0] if metric else 1.0
+    scale = unit_of(metric)[0] if metric and not claims.timed(finding.claim) else 1.0
     numbers = [tuple(None if value is None else value * scale for value in (finding.value, finding.low, finding.high))]
     return scale, decimals(numbers)  # type: ignore[arg-type]
 
@@ -88,7 +91,7 @@ def improvement(board: Board, finding: Finding) -> str:
         return ""
     scale, places = finding_numbers(board, finding)
     low, high = (None if end is None else end * scale for end in (finding.low, finding.high))
-    unit = difference_unit(board.metrics[finding.claim.metric])
+    unit = difference_unit(board, finding)
     return " ".join(part for part in (shown(finding.value * scale, places, sign=True), ranged(low, high, places, sign=True), unit) if part)
 
 
@@ -145,6 +148,13 @@ def claims_csv(findings: Sequence[Finding]) -> str:
     return _csv(rows)
 
 
+def published(finding: Finding) -> str:
+    """The improvement as printed elsewhere."""
+    if finding.published is None:
+        return ""
+    return f"{finding.published:+.4g}{' %' if claims.timed(finding.claim) else ''}".replace("-", "−")
+
+
 def in_markdown(text: str) -> str:
     """Text that cannot end a table cell or become markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))
@@ -168,7 +178,7 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
                 f"**{finding.verdict}**",
                 in_markdown(finding.claim.text),
                 improvement(board, finding) or "–",
-                f"{finding.published:+g}".replace("-", "−") if finding.published is not None else "–",
+                published(finding) or "–",
                 in_markdown(finding.reason),
             ]
             for finding in findings
@@ -179,7 +189,11 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         parts.append(f"## {'Speed on ' if timed else ''}{in_markdown(column)}\n")
         head = ["contender"] + [f"{label(metric)} {arrow(board.metrics[metric])}" for metric in board.columns[column]]
         parts.append(markdown_table(head, [[in_markdown(row.name), *_markdown_cells(board, row.name, column)] for row in board.rows]))
-        bracket = "range over repetitions" if timed else "95 % interval, prompts (and training seeds, where there are several) resampled"
+        bracket = (
+            "range over rounds, or over processes where there are several"
+            if timed
+            else "95 % interval, prompts (and training seeds, where there are several) resampled"
+        )
         parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.\n")
     parts.append("## Again\n\n```\n" + "\n".join(commands) + "\n```\n")
     return "\n".join(parts)
@@ -221,7 +235,7 @@ def to_latex(board: Board) -> str:
         metrics = board.columns[column]
         timed = column in board.hardware
         head = " & ".join(in_latex(f"{label(metric)} {arrow(board.metrics[metric])}") for metric in metrics)
-        what = "median and range over repetitions" if timed else "mean over clips and 95\\,\\% bootstrap interval clustered by prompt"
+        what = "median and range over rounds" if timed else "mean over clips and 95\\,\\% bootstrap interval clustered by prompt"
         lines = [
             "\\begin{table}[t]\n\\centering\n\\small",
             f"\\caption{{{in_latex(board.title)}, {in_latex(column)}: {what}. Bold: best. $\\dagger$: optimised in training.}}",

@@ -1,0 +1,246 @@
+"""One contender timed in an interpreter of its own, which takes a turn whenever it is asked to.
+
+Its start is part of the cold start, and its memory is nobody else's. Nothing waits for the device but the reader of frames,
+as in use: on a GPU the denoiser is timed by events in its own queue, everything else by the clock of the host.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfbench import baselines, sampler, video
+from rfbench.backbones.base import Backbone
+from rfbench.baselines import Prepared
+from rfbench.config import SamplerCfg
+from rfbench.errors import UserError
+from rfbench.suites import load_suite
+from rfbench.timing import CLIP, Chunk, Turn
+
+WARM_UPS = 2  # clips
+
+
+class Worker:
+    """A process that holds a contender ready; it lives until the end of the block, or as long as this process."""
+
+    def __init__(self, ready: Prepared, chunks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = ready.name
+        self.connection, theirs = context.Pipe()
+        asked = (theirs, ready, chunks, torch.get_num_threads(), time.time())
+        self.process = context.Process(target=serve, args=asked, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.about: dict[str, Any] = self._answer()
+
+    def turn(self, number: int) -> Turn:
+        """Time the contender once; its noise is seeded with `number`.
+
+        Raises:
+            UserError: the process died (code 1).
+        """
+        turn: Turn = self._answer(number)
+        return turn
+
+    def _answer(self, number: int | None = None) -> Any:
+        """What the process says next, or in answer to the number of a turn."""
+        try:
+            if number is not None:
+                self.connection.send(number)
+            answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            told = f"the process that timed '{self.name}' ended with {self.process.exitcode}, perhaps for lack of memory; run the same command again"
+            raise UserError(told, code=1) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.connection.close()  # which it sees and ends, unless it is in the middle of a turn that nobody waits for
+        if error is not None:
+            self.process.terminate()
+        self.process.join()
+
+
+def serve(connection: Connection, ready: Prepared, chunks: int, threads: int, born: float) -> None:
+    """What the process does: get ready, say what it holds, then a turn for every number that comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the other one ends this one
+    try:
+        torch.set_num_threads(threads)
+        contestant = warm(ready, chunks, born)
+        connection.send(contestant.about)
+        while True:
+            connection.send(take(contestant, connection.recv()))
+    except (EOFError, ConnectionError):
+        return  # nobody wants more
+    except Exception as error:
+        error.add_note(f"in the process that timed '{ready.name}':\n{traceback.format_exc()}")
+        connection.send(error)
+
+
+@dataclass
+class Contestant:
+    """A contender in memory, warmed up."""
+
+    name: str
+    backbone: Backbone
+    sampler: SamplerCfg
+    latents: int  # of a clip
+    chunks: int  # of a stream; 0 where there are none
+    prompt: str
+    cold_start_s: float | None  # until a turn has reported it
+    about: dict[str, Any]
+
+
+def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
+    """Load a contender and make WARM_UPS clips; `born` is when its process was asked for, by the wall clock."""
+    backbone = ready.open()
+    prompt = load_suite("smoke").prompts[0].text
+    latents = ready.latents(CLIP, "the profile")
+    begun = time.time()
+    first = time_clip(backbone, ready.cfg.sampler, prompt, latents, 0)[0].readable
+    for _ in range(WARM_UPS - 1):
+        time_clip(backbone, ready.cfg.sampler, prompt, latents, 0)
+    what, _ = meter()
+    about = {"weights_sha256": ready.weights_sha256, "precision": precision(backbone), "memory": what, "chunks": chunks}
+    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompt, begun - born + first, about)
+
+
+def precision(backbone: Backbone) -> dict[str, str]:
+    """The dtype of each part that has weights."""
+    assert isinstance(backbone, nn.Module)
+    found = {name: next(part.parameters(), None) for name, part in backbone.named_children()}
+    return {name: str(weight.dtype).removeprefix("torch.") for name, weight in found.items() if weight is not None}
+
+
+def take(contestant: Contestant, number: int) -> Turn:
+    """One turn: a clip, then a stream."""
+    _, peak = meter()
+    backbone, cfg = contestant.backbone, contestant.sampler
+    clip = time_clip(backbone, cfg, contestant.prompt, contestant.latents, number)
+    stream = time_stream(backbone, cfg, contestant.prompt, contestant.chunks, number) if contestant.chunks else ()
+    cold, contestant.cold_start_s = contestant.cold_start_s, None
+    reserved, device = None, None
+    if baselines.device().type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        reserved, device = torch.cuda.max_memory_reserved(), total - free
+    return Turn(contestant.name, backbone.shape.fps, clip, stream, peak(), reserved, device, cold)
+
+
+def meter() -> tuple[str, Callable[[], int]]:
+    """Forget the most memory held so far; what is metered from now on, and how to read it, in bytes."""
+    if baselines.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return "allocated on the GPU after warm-up", torch.cuda.max_memory_allocated
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return "resident after warm-up", lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    except OSError:  # not Linux, or not allowed
+        unit = 1 if sys.platform == "darwin" else 1024
+        return "resident, of the whole process", lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Clock:
+    """Seconds since it was made: on the host, or as points in the GPU's queue that the host does not wait for."""
+
+    def __init__(self) -> None:
+        self.cuda = baselines.device().type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.zero = self._event() if self.cuda else None
+        self.start = time.perf_counter()
+
+    def host(self) -> float:
+        """The present."""
+        return time.perf_counter() - self.start
+
+    def queue(self) -> Callable[[], float]:
+        """When the device has done all that it was given so far; to be asked for when everything is over."""
+        if self.zero is None:
+            now = self.host()
+            return lambda: now
+        zero, event = self.zero, self._event()
+
+        def seconds() -> float:
+            event.synchronize()
+            return float(zero.elapsed_time(event)) / 1000
+
+        return seconds
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@torch.no_grad()
+def time_clip(backbone: Backbone, cfg: SamplerCfg, prompt: str, latents: int, seed: int) -> tuple[Chunk, ...]:
+    """The chunks of a clip of CLIP frames, from the request with a new prompt on."""
+    clock = Clock()
+    return _timed(clock, backbone, cfg, _texts(backbone, cfg, prompt), latents, seed, frames=CLIP)
+
+
+@torch.no_grad()
+def time_stream(backbone: Backbone, cfg: SamplerCfg, prompt: str, chunks: int, seed: int) -> tuple[Chunk, ...]:
+    """The first `chunks` chunks of a stream whose prompt is encoded before the clock starts."""
+    assert cfg.chunk is not None
+    texts = _texts(backbone, cfg, prompt)
+    # One chunk more is made than is timed, because the last chunk of a clip has no context pass.
+    return _timed(Clock(), backbone, cfg, texts, (chunks + 1) * cfg.chunk, seed, chunks=chunks)
+
+
+def _texts(backbone: Backbone, cfg: SamplerCfg, prompt: str) -> tuple[Tensor, Tensor | None]:
+    return backbone.encode_text([prompt]), None if cfg.guidance == 1.0 else backbone.encode_text([""])
+
+
+def _timed(
+    clock: Clock,
+    backbone: Backbone,
+    cfg: SamplerCfg,
+    texts: tuple[Tensor, Tensor | None],
+    latents: int,
+    seed: int,
+    *,
+    chunks: int | None = None,
+    frames: int | None = None,
+) -> tuple[Chunk, ...]:
+    """Stamps of a stream, of its first `chunks` chunks, or of what its first `frames` frames take."""
+    stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
+    readable: list[tuple[float, int]] = []
+    decode = backbone.decoder()
+
+    def mark(event: str) -> None:
+        stamps[event].append(clock.queue())
+
+    for chunk in sampler.stream(backbone, texts[0], latents, cfg, sampler.clip_noise(backbone, [seed]), null_BLE=texts[1], mark=mark):
+        if chunk.index == chunks:
+            break
+        pixels = decode(chunk.latent_BFCHW)
+        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made in readable)]).cpu().shape[1]
+        readable.append((clock.host(), shown))
+    return tuple(_rows(stamps, readable))
+
+
+def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[float, int]]) -> Iterable[Chunk]:
+    for index, (seen, frames) in enumerate(readable):
+        begin, denoised = (round(stamps[event][index](), 7) for event in ("begin", "denoised"))
+        cached = round(stamps["cached"][index](), 7) if index < len(stamps["cached"]) else None
+        yield Chunk(index, frames, begin, denoised, round(seen, 7), cached)
