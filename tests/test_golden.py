@@ -1,7 +1,7 @@
 """The golden vectors of the public reference code: every case of a folder, configured from the case's own JSON.
 
-RFBENCH_GOLDEN names the folder (default: tests/golden, whose README says what lies there), so that cases nobody saw can be run. Cases of other
-kinds than A to F are for other modules. Each output must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
+RFBENCH_GOLDEN names the folder (default: tests/golden, whose README says what lies there), so that cases nobody saw can be run. Each output
+must agree to 1e-5 in relative L2 norm, schedules to 1e-6.
 
 What the reference does and nobody would choose has names of its own: gradients through a cache that is written in place (D-34,
 `cache_gradients`), a sink that is overwritten (D-12, `mismatch`), empty slots that are attended to (D-37, `empty_sink`).
@@ -9,6 +9,7 @@ What the reference does and nobody would choose has names of its own: gradients 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,9 @@ from rfbench.methods.ode import regression
 from rfbench.methods.redmd import ReDmd
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, x0_to_flow
+from rfbench.videoreward import frames
+from rfbench.videoreward.model import CHAT, question
+from rfbench.videoreward.network import Tokens, VideoRewardCfg, VideoRewardNet, load_network
 from tests.tiny import Tiny, distance
 
 FOLDER = Path(os.environ.get("RFBENCH_GOLDEN", Path(__file__).parent / "golden"))
@@ -95,15 +99,14 @@ def cases(kind: str) -> list[Any]:
     return found
 
 
-KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent", "E", "F")
+KINDS = ("A", "B", "C:sigmas", "C:out.latents", "D:in.dmd_noise", "D:in.critic_noise", "D:in.ode_latent", "E", "F", "G")
 
 
 def test_every_case_is_run_once() -> None:
     run = [parameter.id for kind in KINDS for parameter in cases(kind)]
     known = [path.stem for path in FOLDER.rglob("*.json") if path.parent.name not in ("keys", "weights")]
-    others = [path.stem for path in FOLDER.rglob("*.json") if json.loads(path.read_text(encoding="utf-8")).get("case") == "G"]
     assert run
-    assert sorted(run) == sorted(set(known) - set(others))
+    assert sorted(run) == sorted(known)
 
 
 def read(path: Path) -> Case:
@@ -457,3 +460,57 @@ def test_text_encoder(path: Path) -> None:
         found_LE[:length] = embed(encoder, ids_L[:length].tolist())
     case.compare("out.prompt_embeds", found_BLE)
     case.check()
+
+
+def video_reward(case: Case) -> VideoRewardNet:
+    """The network of a case; what its config leaves out is told by the shapes of its weights."""
+    about, ids, path = case.about["config"], case.about["token_ids"], (case.path.parent / case.about["weights_file"]).resolve()
+    shapes = {name.removeprefix("base_model.model."): tensor.shape for name, tensor in load_file(path).items()}
+    assert about["output_dim"] == 1
+    cfg = VideoRewardCfg(
+        **{ours: about[theirs] for ours, theirs in (("hidden", "hidden"), ("inter", "inter"), ("layers", "layers"), ("heads", "heads"))},
+        kv_heads=about["kv"],
+        mrope=tuple(about["mrope"]),
+        vocab=shapes["model.embed_tokens.weight"][0],
+        vision_depth=about["vdepth"],
+        vision_dim=about["vdim"],
+        vision_heads=about["vheads"],
+        vision_ratio=shapes["visual.blocks.0.mlp.fc1.weight"][0] // about["vdim"],
+        rank=about["r"],
+        alpha=about["alpha"],
+        tokens=Tokens(ids["vision_start"], ids["vision_end"], ids["image"], ids["video"], ids["pad"], (ids["VQ"], ids["MQ"], ids["TA"])),
+    )
+    return load_network(path, cfg, torch.float32)
+
+
+@pytest.mark.parametrize("path", cases(KINDS[9]))
+@torch.no_grad()
+def test_video_reward(path: Path) -> None:
+    """The network on given patches; from frames to logits; the rules for sizes and numbers of frames; what the model is asked."""
+    case = read(path)
+    network = video_reward(case)
+    patches = case["in.pixel_values_videos"].float()
+    case.compare("out.logits", network(case["in.input_ids"], case["in.attention_mask"], patches, case["in.video_grid_thw"]))
+    for number, about in enumerate(case.about["preprocess"]):
+        name, size = f"pre{number}.", tuple(about["resized"][-2:])
+        video = case[f"{name}video_uint8"].float()
+        assert about["value_range"] in ("[0,255]", "[-255,255] = 2*uint8-255")
+        resized = frames.resized(2 * video - 255 if about["value_range"].startswith("[-") else video, size)
+        case.compare(f"{name}resized_sample", resized[:, :, ::24, ::21])
+        patches, grid = frames.patches(resized)
+        case.compare(f"{name}grid_thw", torch.tensor([grid]))
+        case.compare(f"{name}pixel_values_sample", patches[::61, ::49])
+        case.compare(f"{name}pixel_values_row_mean", patches.mean(1))
+        ids_BL = case[f"{name}input_ids"]
+        case.compare(f"{name}logits", network(ids_BL, torch.ones_like(ids_BL), patches, torch.tensor([grid])))
+    for row in case.about["smart_resize_table"]:
+        assert frames.fitted_size(row["h"], row["w"], least=row["min_pixels"], most=row["max_pixels"]) == tuple(row["result"])
+    for row in case.about["smart_nframes_table"]:
+        assert len(frames.sampled_frames(row["total_frames"], row["video_fps"], row["fps"])) == row["result"]
+    about = case.about["prompt"]
+    asked = question(about["text_prompt"])
+    assert about["template_type"] == "detailed_special"
+    assert (hashlib.sha256(asked.encode()).hexdigest(), len(asked)) == (about["prompt_sha256"], about["prompt_chars"])
+    assert hashlib.sha256(CHAT.format(question=asked).encode()).hexdigest() == about["chat_sha256"]
+    assert sorted(about["order_of_special_tokens"], key=asked.index) == about["order_of_special_tokens"]
+    case.check(leave_out=(r"pre\d+\.(video_uint8|input_ids)",))
