@@ -77,11 +77,14 @@ def _torch() -> Iterator[Check]:
 def _gpu() -> Iterator[Check]:
     import torch
 
+    from rfbench import hardware
+
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
-        name = config.settings().hardware_name(device.name)
+        name, state = hardware.name(torch.device("cuda", i)), hardware.state(torch.device("cuda", i))
         if name in config.settings().hardware:
-            yield Check("gpu", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, called {name}")
+            told = state.get("nvidia-smi") or f"driver {state['driver_version']}, power limit {state['power.limit']} W"
+            yield Check("gpu", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, called {name}; {told}")
         else:
             yield Check("gpu", "missing", f"{device.name}: its peak is not known", f"add [hardware.{name}] to rfbench.toml to get shares of peak")
     if torch.cuda.device_count():

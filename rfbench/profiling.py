@@ -26,6 +26,8 @@ from rfbench.progress import Progress
 from rfbench.stopwatch import Worker
 from rfbench.timing import STEADY, TIMINGS, Round
 
+TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what its speed does not depend on
+
 
 def profile(
     words: Sequence[str],
@@ -127,11 +129,12 @@ def in_turn(
 
 
 def possible(ready: Prepared, chunks: int) -> int:
-    """How many of the wanted chunks can be timed: 0 without chunks; one more than is timed has to be made."""
-    length, most = ready.cfg.sampler.chunk, ready.cfg.max_latents
-    if length is None:
+    """How many of the wanted chunks can be timed: 0 without chunks, no more than one rollout has; one more than is timed has to be made."""
+    sampler = ready.cfg.sampler
+    if sampler.chunk is None:
         return 0
-    return chunks if most is None else min(chunks, most // length - 1)
+    longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
+    return min([chunks, *(most // sampler.chunk - 1 for most in longest)])
 
 
 def take_round(workers: Mapping[str, Worker], process: int, number: int, place: int) -> Round:
@@ -140,8 +143,8 @@ def take_round(workers: Mapping[str, Worker], process: int, number: int, place: 
 
 
 def same_speed(cfg: Baseline) -> str:
-    """Equal for contenders that differ in nothing but weights: what they compute takes the same time."""
-    return records.canonical({"backbone": cfg.backbone, "sampler": strict.as_plain(cfg.sampler), "max_latents": cfg.max_latents})
+    """Equal for contenders that differ in nothing but weights and what is said about them: what they compute takes the same time."""
+    return records.canonical({key: value for key, value in strict.as_plain(cfg).items() if key not in TOLD})
 
 
 def summary(rounds: Sequence[Round], run: str) -> dict[str, dict[str, dict[str, float]]]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rfbench import baselines, sampler, video
 from rfbench.backbones.base import Backbone
+from rfbench.backbones.wan.text import WanText
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
@@ -104,7 +105,7 @@ class Contestant:
     sampler: SamplerCfg
     latents: int  # of a clip
     chunks: int  # of a stream; 0 where there are none
-    prompt: str
+    prompts: tuple[str, str]  # of a clip and a stream; that a stream switches to
     cold_start_s: float | None  # until a turn has reported it
     about: dict[str, Any]
 
@@ -112,36 +113,48 @@ class Contestant:
 def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     """Load a contender and make WARM_UPS clips; `born` is when its process was asked for, by the wall clock."""
     backbone = ready.open()
-    prompt = load_suite("smoke").prompts[0].text
+    forget_prompts(backbone)
+    prompts = load_suite("smoke").prompts[0].text, load_suite("smoke").prompts[1].text
     latents = ready.latents(CLIP, "the profile")
     begun = time.time()
-    first = time_clip(backbone, ready.cfg.sampler, prompt, latents, 0)[0].readable
+    first = time_clip(backbone, ready.cfg.sampler, prompts[0], latents, 0)[0].readable
     for _ in range(WARM_UPS - 1):
-        time_clip(backbone, ready.cfg.sampler, prompt, latents, 0)
+        time_clip(backbone, ready.cfg.sampler, prompts[0], latents, 0)
     what, _ = meter()
     about = {"weights_sha256": ready.weights_sha256, "precision": precision(backbone), "memory": what, "chunks": chunks}
-    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompt, begun - born + first, about)
+    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompts, begun - born + first, about)
 
 
 def precision(backbone: Backbone) -> dict[str, str]:
-    """The dtype of each part that has weights."""
+    """The dtypes of each part that has weights."""
     assert isinstance(backbone, nn.Module)
-    found = {name: next(part.parameters(), None) for name, part in backbone.named_children()}
-    return {name: str(weight.dtype).removeprefix("torch.") for name, weight in found.items() if weight is not None}
+    found = {name: {weight.dtype for weight in part.parameters()} for name, part in backbone.named_children()}
+    text = getattr(backbone, "text", None)
+    if isinstance(text, WanText):
+        found["text"] = {text.dtype}
+    return {name: "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) for name, dtypes in found.items() if dtypes}
+
+
+def forget_prompts(backbone: Backbone) -> None:
+    """Take away the embeddings that lie on disk: a prompt that is to be timed as a new one has to be encoded."""
+    text = getattr(backbone, "text", None)
+    if isinstance(text, WanText):
+        text.cache = None
 
 
 def take(contestant: Contestant, number: int) -> Turn:
-    """One turn: a clip, then a stream."""
+    """One turn: a clip, then a stream at whose end the prompt switches."""
     _, peak = meter()
     backbone, cfg = contestant.backbone, contestant.sampler
-    clip = time_clip(backbone, cfg, contestant.prompt, contestant.latents, number)
-    stream = time_stream(backbone, cfg, contestant.prompt, contestant.chunks, number) if contestant.chunks else ()
+    clip = time_clip(backbone, cfg, contestant.prompts[0], contestant.latents, number)
+    stream = time_stream(backbone, cfg, contestant.prompts, contestant.chunks, number) if contestant.chunks else ()
+    switched = stream[-1] if stream else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
     reserved, device = None, None
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    return Turn(contestant.name, backbone.shape.fps, clip, stream, peak(), reserved, device, cold)
+    return Turn(contestant.name, backbone.shape.fps, clip, stream[:-1], switched, peak(), reserved, device, cold)
 
 
 def meter() -> tuple[str, Callable[[], int]]:
@@ -199,16 +212,18 @@ def time_clip(backbone: Backbone, cfg: SamplerCfg, prompt: str, latents: int, se
 
 
 @torch.no_grad()
-def time_stream(backbone: Backbone, cfg: SamplerCfg, prompt: str, chunks: int, seed: int) -> tuple[Chunk, ...]:
-    """The first `chunks` chunks of a stream whose prompt is encoded before the clock starts."""
+def time_stream(backbone: Backbone, cfg: SamplerCfg, prompts: tuple[str, str], chunks: int, seed: int) -> tuple[Chunk, ...]:
+    """A stream of `chunks` chunks, and one more: the last of a clip has no context pass, so on that one the prompt switches.
+
+    Both prompts are encoded before the clock starts.
+    """
     assert cfg.chunk is not None
-    texts = _texts(backbone, cfg, prompt)
-    # One chunk more is made than is timed, because the last chunk of a clip has no context pass.
-    return _timed(Clock(), backbone, cfg, texts, (chunks + 1) * cfg.chunk, seed, chunks=chunks)
+    texts, other = _texts(backbone, cfg, prompts[0]), backbone.encode_text([prompts[1]])
+    return _timed(Clock(), backbone, cfg, texts, (chunks + 1) * cfg.chunk, seed, switches=[(chunks * cfg.chunk, other)])
 
 
 def _texts(backbone: Backbone, cfg: SamplerCfg, prompt: str) -> tuple[Tensor, Tensor | None]:
-    return backbone.encode_text([prompt]), None if cfg.guidance == 1.0 else backbone.encode_text([""])
+    return backbone.encode_text([prompt]), None if cfg.guidance == 1.0 else backbone.encode_text([cfg.negative])
 
 
 def _timed(
@@ -219,10 +234,10 @@ def _timed(
     latents: int,
     seed: int,
     *,
-    chunks: int | None = None,
     frames: int | None = None,
+    switches: Sequence[tuple[int, Tensor]] = (),
 ) -> tuple[Chunk, ...]:
-    """Stamps of a stream, of its first `chunks` chunks, or of what its first `frames` frames take."""
+    """Stamps of a stream, or of its first `frames` frames."""
     stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
     readable: list[tuple[float, int]] = []
     decode = backbone.decoder()
@@ -230,9 +245,8 @@ def _timed(
     def mark(event: str) -> None:
         stamps[event].append(clock.queue())
 
-    for chunk in sampler.stream(backbone, texts[0], latents, cfg, sampler.clip_noise(backbone, [seed]), null_BLE=texts[1], mark=mark):
-        if chunk.index == chunks:
-            break
+    noise = sampler.clip_noise(backbone, [seed])
+    for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark):
         pixels = decode(chunk.latent_BFCHW)
         shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made in readable)]).cpu().shape[1]
         readable.append((clock.host(), shown))

@@ -2,7 +2,7 @@
 
 Contenders are timed in rounds. In a round each of them takes one turn, so whatever the machine does meanwhile happens to all
 of them alike, and two of them are compared round by round. A turn is a clip of 81 frames from the request of a new prompt
-on, and a stream whose prompt is already encoded. Frames count when their bytes can be read in host memory.
+on, and a stream whose prompt is already encoded and switches at its end. Frames count when their bytes can be read in host memory.
 
     runs/profile/<name>/<hardware>/rounds.jsonl      one Round per line: a round that was cut short is a torn line, so it is none
 """
@@ -48,6 +48,7 @@ class Turn:
     fps: int  # of the video: how fast a viewer plays it
     clip: tuple[Chunk, ...]  # since the request of a new prompt, text encoder included; cut to CLIP frames
     stream: tuple[Chunk, ...]  # since the request of an encoded prompt; nothing where the model has no chunks
+    switched: Chunk | None  # the stream's next chunk, at whose beginning the prompt switches to another encoded one
     peak_bytes: int  # most memory held during the turn: allocated on a GPU, resident on a CPU
     reserved_bytes: int | None  # the same with what torch keeps in reserve on the GPU
     device_bytes: int | None  # in use on the GPU as a whole when the turn ended
@@ -208,6 +209,12 @@ TIMINGS: dict[str, Timing] = {
     "ttff_cached_s": Timing(
         Metric(False, "s", "Time from the request of a prompt that is already encoded to its first frame."),
         lambda turn: turn.stream[0].readable if turn.stream else None,
+    ),
+    "switch_s": Timing(
+        Metric(
+            False, "s", "Time from a switch of the prompt between two chunks, to one that is already encoded, to the first frame that follows it."
+        ),
+        lambda turn: None if turn.switched is None else turn.switched.readable - turn.switched.begin,
     ),
     "cold_start_s": Timing(
         Metric(False, "s", "Time from the start of a process to its first frame: interpreter, imports, weights, first chunk."),

@@ -185,7 +185,7 @@ def write_profile(
                     clock += took
                 return tuple(rows)
 
-            turns.append(Turn(contender, 16, made(7), made(chunks), 310_000_000, None, None, 2.0 if number == 0 else None))
+            turns.append(Turn(contender, 16, made(7), made(chunks), None, 310_000_000, None, None, 2.0 if number == 0 else None))
         rounds.append(Round(0, number, tuple(turns)))
     records.write_rows(directory / "rounds.jsonl", rounds)
     contenders = {each: {"baseline": baseline(each), "weights_sha256": records.fingerprint({"of": each})} for each in speeds}

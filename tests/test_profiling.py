@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from rfbench import baselines, cli, profiling, records, stopwatch, timing
+from rfbench.backbones.toy import ToyBackbone
+from rfbench.backbones.wan.text import WanText
 from rfbench.errors import UserError
 from rfbench.report import evidence
 from rfbench.timing import Round, Turn
@@ -213,8 +215,9 @@ def test_two_settings_of_one_baseline_from_the_command_line(tmp_path, folders, c
     for one in (one for each in rounds for one in each.turns):
         assert [chunk.frames for chunk in one.clip] == [chunk.frames for chunk in one.stream] == [9, *[12] * 6]
         assert one.clip[-1].cached is None and one.stream[-1].cached is not None
-        stamps = [stamp for chunk in one.stream for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
-        assert stamps == sorted(stamps)  # type: ignore[type-var]
+        assert one.switched is not None and (one.switched.index, one.switched.frames, one.switched.cached) == (7, 12, None)
+        stamps = [stamp for chunk in (*one.stream, one.switched) for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
+        assert stamps[:-1] == sorted(stamps[:-1])  # type: ignore[type-var]
         assert 5e7 < one.peak_bytes < 4e9 and one.reserved_bytes is None
     colds = [one.cold_start_s for each in rounds for one in each.turns]
     assert [cold is None for cold in colds] == [False, False, True, True]
@@ -245,8 +248,40 @@ def test_a_bidirectional_model_has_only_whole_clips(tmp_path):
     assert one.cold_start_s is not None and one.cold_start_s > 1e9  # since 1970
 
 
-def test_random_weights_need_no_file_and_are_marked(tmp_path):
+def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
+    reroll = models.STUDENT | {"reroll": {"latents": 21, "overlap": 3}}
+    for more, wanted in (({}, 40), ({"max_latents": 24}, 7), ({"sampler": reroll}, 6), ({"sampler": reroll, "max_latents": 12}, 3)):
+        assert profiling.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
+
+
+def test_only_what_is_said_about_it_leaves_a_contender_its_speed(tmp_path):
+    def cfg(*fields: str) -> Any:
+        return baselines.prepare(path, fields).cfg
+
     path = models.write(tmp_path)
+    for fields in (["title=x"], ["saw=[motion.speed]"], ["trained_by.seed=1"], ["paper=arXiv:1"]):
+        assert profiling.same_speed(cfg(*fields)) == profiling.same_speed(cfg())
+    for fields in (["sampler.steps=[1000]"], ["sampler.cache.alpha=0.5"], ["max_latents=21"]):
+        assert profiling.same_speed(cfg(*fields)) != profiling.same_speed(cfg())
+    assert profiling.same_speed(dataclasses.replace(cfg(), precision="bfloat16")) != profiling.same_speed(cfg())
+
+
+def test_a_new_prompt_is_encoded_although_its_embedding_lies_on_disk(tmp_path):
+    class Wan(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, dtype=torch.bfloat16)])
+            self.text = WanText(tmp_path, tmp_path, tmp_path, dtype=torch.bfloat16)
+
+    backbone: Any = Wan()
+    stopwatch.forget_prompts(backbone)
+    assert backbone.text.cache is None
+    assert stopwatch.precision(backbone) == {"denoiser": "bfloat16+float32", "text": "bfloat16"}
+
+
+def test_random_weights_need_no_file_and_are_marked(tmp_path, monkeypatch):
+    path = models.write(tmp_path)
+    monkeypatch.setattr(ToyBackbone, "fresh", lambda self, seed: self.load_state_dict(models.weights()))  # fitting its decoder takes long
     (tmp_path / "student.safetensors").unlink()
     with pytest.raises(UserError, match=r"weights 'student\.safetensors'"):
         profiling.profile([path], chunks=5, repeats=1)

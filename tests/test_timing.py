@@ -29,7 +29,7 @@ def steady(chunks: int, *, steps: float = 0.4, decode: float = 0.05, context: fl
 
 def turn(stream: tuple[Chunk, ...] = (), *, name: str = "a", **more: object) -> Turn:
     clip = tuple(dataclasses.replace(chunk, cached=None if chunk.index == 6 else chunk.cached) for chunk in steady(7))
-    return dataclasses.replace(Turn(name, 16, clip, stream, 1000, None, None, None), **more)  # type: ignore[arg-type]
+    return dataclasses.replace(Turn(name, 16, clip, stream, None, 1000, None, None, None), **more)  # type: ignore[arg-type]
 
 
 def measured(one: Turn) -> dict[str, float]:
@@ -56,7 +56,8 @@ def streams(draw: st.DrawFn, least: int = 5) -> tuple[Chunk, ...]:
 def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, clip, fps):
     """Frame by frame and by sorted lists; nothing of rfbench.timing but the raw rows goes in."""
     clip = (*clip[:-1], dataclasses.replace(clip[-1], cached=None))
-    one = turn(stream, clip=clip, fps=fps, reserved_bytes=7, device_bytes=8, cold_start_s=3.5)
+    switched = Chunk(len(stream), 12, stream[-1].readable, stream[-1].readable + 2, stream[-1].readable + 2.25, None)
+    one = turn(stream, clip=clip, fps=fps, switched=switched, reserved_bytes=7, device_bytes=8, cold_start_s=3.5)
     counted = [chunk for chunk in stream if chunk.index not in (0, 1, 2)]
     bare = sorted(chunk.denoised - chunk.begin for chunk in counted)
     whole = [(chunk.denoised - chunk.begin) + (chunk.cached - chunk.readable) for chunk in counted]
@@ -77,6 +78,7 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
         "clip_fps": 81 / clip[-1].readable,
         "ttff_s": clip[0].readable,
         "ttff_cached_s": stream[0].readable,
+        "switch_s": 2.25,
         "cold_start_s": 3.5,
         "rtf": 12 * len(counted) / fps / (stream[-1].readable - stream[2].readable),
         "jitter_p50_s": smallest_that_covers(0.5),

@@ -213,7 +213,7 @@ def read_timings(directory: Path) -> dict[str, Timed]:
             if any(chunk.cached is None for chunk in turn.stream):
                 raise UserError(f"{where} the stream lacks a context pass; {again}")
             _forward(turn.clip, f"{where} the clip", again)
-            _forward(turn.stream, f"{where} the stream", again)
+            _forward((*turn.stream, *([turn.switched] if turn.switched else [])), f"{where} the stream", again)
     found = {}
     for name, columns in timing.values(rounds, run.name).items():
         streams = tuple(turn.stream for each in rounds for turn in each.turns if turn.contender == name)
