@@ -66,14 +66,15 @@ class SamplerCfg:
 
     `solver: renoise` predicts the clean chunk and adds fresh noise for the next step (few-step students); `euler` follows
     the flow (many-step teachers), and so does `unipc`, in second order and on Wan's own grid of timesteps. `chunk: null`
-    makes all frames at once, which is the bidirectional sampler.
+    makes all frames at once, which is the bidirectional sampler. `rolling` is `renoise` with as many chunks in work as there
+    are steps, each at another one (Rolling Forcing).
     """
 
     steps: tuple[int, ...] | int  # timesteps of 1000 in the order taken, or a number of evenly spaced ones
     shift: float
     warp: bool = True  # look the steps up in the shifted table (1000, 937.5, ...) instead of taking them as they are
     chunk: int | None = 3  # latent frames
-    solver: Literal["renoise", "euler", "unipc"] = "renoise"
+    solver: Literal["renoise", "euler", "unipc", "rolling"] = "renoise"
     guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
     negative: str = ""  # prompt of the unconditional pass
     context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498)
@@ -91,10 +92,22 @@ class SamplerCfg:
             raise UserError("a 'negative' prompt is not used without guidance; set 'guidance', or leave it out")
         if self.cache is not None and self.cache.empty_sink == "attended" and (self.chunk or 0) >= (self.cache.sink or 0):
             raise UserError("cache 'empty_sink' changes nothing where a chunk fills the sink; leave it out")
+        if self.solver == "rolling":
+            self._check_rolling()
         if self.reroll is not None and (
             self.chunk is None or self.reroll.latents % self.chunk or self.reroll.overlap % self.chunk or self.reroll.overlap >= self.reroll.latents
         ):
             raise UserError("'reroll' needs whole chunks: 'latents' and 'overlap' are multiples of 'chunk', and 'overlap' is the smaller one")
+
+    def _check_rolling(self) -> None:
+        """What the joint window takes for granted."""
+        cache, chunk = self.cache, self.chunk
+        if cache is None or chunk is None or cache.policy != "static_sink" or cache.rope != "absolute" or isinstance(self.steps, int):
+            raise UserError("solver 'rolling' needs a list of steps, and a cache of policy 'static_sink' with rope 'absolute'")
+        if (cache.window or 0) < (cache.sink or 0) + len(self.steps) * chunk or (cache.sink or 0) > chunk:
+            raise UserError("solver 'rolling' needs a 'window' for the sink and a chunk per step, and a sink no longer than a chunk")
+        if self.guidance != 1.0 or self.context_noise or self.reroll is not None:
+            raise UserError("solver 'rolling' does not use 'guidance', 'context_noise' or 'reroll'")
 
 
 @dataclass(frozen=True)

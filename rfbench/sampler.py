@@ -20,6 +20,7 @@ from rfbench.backbones.base import Backbone, latent_frames, pixel_frames
 from rfbench.backbones.wan.dit import TextKV
 from rfbench.cache import CacheShape, Gradients, KVCache
 from rfbench.config import RerollCfg, SamplerCfg
+from rfbench.rolling import RollingCache, roll
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, wan_grid
 from rfbench.unipc import UniPC
 
@@ -61,7 +62,7 @@ def noise_levels(cfg: SamplerCfg) -> list[float]:
         assert isinstance(cfg.steps, int)
         return list(wan_grid(cfg.steps, cfg.shift)[1])
     steps = timesteps(cfg)
-    return Schedule(cfg.shift).sigma(torch.tensor(steps)).tolist() if cfg.solver == "renoise" else [step / 1000 for step in steps]
+    return Schedule(cfg.shift).sigma(torch.tensor(steps)).tolist() if cfg.solver != "euler" else [step / 1000 for step in steps]
 
 
 def cache_shape(backbone: Backbone, batch: int, latents: int) -> CacheShape:
@@ -114,6 +115,8 @@ def stream(
         raise ValueError(f"{latents} latent frames are not whole chunks of {length}")
     if (null_BLE is None) != (cfg.guidance == 1.0):
         raise ValueError("the unconditional prompt is needed exactly when guidance is not 1")
+    if cfg.solver == "rolling" and (initial_BFCHW is not None or switches or exit_step is not None or grad_from is not None or watch is not None):
+        raise ValueError("chunks in a joint window have no beginning, switch, exit or trajectory of their own")
     if switches and (cfg.cache is None or any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(switches))):
         raise ValueError("prompts switch between chunks, in the order of their frames")
     model = backbone.denoiser
@@ -124,10 +127,16 @@ def stream(
     last = len(steps) - 1 if exit_step is None else exit_step
     batch, device = len(text_BLE), text_BLE.device
     shape = cache_shape(backbone, batch, latents)
+    tell = mark or (lambda event: None)
+    if cfg.solver == "rolling":
+        assert cfg.cache is not None
+        rolling = RollingCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device)
+        rolled = roll(model, texts[0], latents // length, length, noise, steps, sigmas, rolling, tell)
+        yield from (Chunk(index, index * length, x0) for index, x0 in enumerate(rolled))
+        return
     caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
     # One timestep for all clips: a product with a single row rounds otherwise than one with a row per clip.
     times = {step: torch.full((1, 1), step, dtype=torch.float64, device=device) for step in (*steps, 0.0)}
-    tell = mark or (lambda event: None)
     due = list(switches)
     context: dict[int, Tensor] = {}  # while a switch is to come: what the clean passes of the cached chunks saw
 

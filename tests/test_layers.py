@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "fetch", "video"},
-    {"sampler", "backbones", "reward", "videoreward", "baselines"},
+    {"sampler", "rolling", "backbones", "reward", "videoreward", "baselines"},
     {"methods", "scorers", "timing"},
     {"stopwatch"},
     {"train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},

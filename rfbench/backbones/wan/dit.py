@@ -2,7 +2,7 @@
 
 Parameter names are those of the original checkpoints. The network predicts the flow noise - x0 of latent video frames from
 noisy frames, one timestep per frame, and text. What a token may attend to is the caller's choice: all tokens
-(bidirectional), those a dense mask allows, or the frames of a `KVCache` (streaming).
+(bidirectional), those a dense mask allows, or what a cache leaves it (streaming).
 
 Every layer computes in the dtype that its own weights are stored in. So precision is a matter of storage, see `WanDiT.store`.
 
@@ -18,14 +18,13 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rfbench.attention import attend, rotate, rotations
-from rfbench.cache import KVCache
 
 TextKV = list[tuple[Tensor, Tensor]]  # per layer, cross-attention keys and values [B, L, h, D]
 ISLANDS = re.compile(r"time_|fps_|modulation|norm|^head\.")  # the weights that Wan's own network applies outside of bf16 autocast
@@ -65,6 +64,13 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
     angle = t.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Cache(Protocol):
+    """What a streaming pass attends to: `rfbench.cache.KVCache`, `rfbench.rolling.RollingCache`."""
+
+    def extend(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        """From a layer's raw queries, keys and values to the rotated queries and all keys and values to attend to."""
 
 
 class Linear(nn.Linear):
@@ -110,7 +116,7 @@ class Attention(nn.Module):
 class Scope:
     """What the tokens of one pass attend to: a cache, or each other at the given rotation and under an optional mask."""
 
-    cache: KVCache | None = None
+    cache: Cache | None = None
     rotation: Tensor | None = None
     mask_SS: Tensor | None = None
 
@@ -194,11 +200,11 @@ class WanDiT(nn.Module):
         embedded = self.text_embedding(text_BLE)
         return [block.cross_attn.keys_values(embedded) for block in cast(Iterable[Block], self.blocks)]
 
-    def forward(self, x_BFCHW: Tensor, t_BF: Tensor, text: Tensor | TextKV, *, cache: KVCache | None = None, mask_SS: Tensor | None = None) -> Tensor:
+    def forward(self, x_BFCHW: Tensor, t_BF: Tensor, text: Tensor | TextKV, *, cache: Cache | None = None, mask_SS: Tensor | None = None) -> Tensor:
         """Predict the flow of each frame.
 
         Args:
-            x_BFCHW: noisy latent frames; with a cache, the chunk that `cache.begin` announced.
+            x_BFCHW: noisy latent frames; with a cache, those that its `begin` announced.
             t_BF: timestep in [0, 1000] of each frame; [B, 1] gives all frames the same, [1, 1] all clips too.
             text: embedding [B, L, E], or what `text_kv` made of it.
             mask_SS: without a cache, which token (row) may attend to which (column).
