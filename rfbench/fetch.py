@@ -180,7 +180,7 @@ def _single(item: Item, root: Path, file: Path) -> Item:
 def _local(root: Path, item: Item, origin: str) -> list[Source]:
     files = right(root, item)
     if item.several and files:
-        files = [*files, *sorted(files[0].parent.glob(INDEX))]
+        files = [*sorted(files[0].parent.glob(INDEX)), *files]
     return [Source(_single(item, root, file), file.stat().st_size, origin, local=file.resolve()) for file in files]
 
 
@@ -208,7 +208,7 @@ def _on_hub(item: Item) -> list[Source]:
             told = _matching(item, [(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in files])
         else:
             about = get_hf_file_metadata(hf_hub_url(item.repo, item.file, revision=item.revision), token=get_token())
-            told = [(item.file, about.size, about.etag or "")]
+            told = [(item.file, item.bytes if about.size is None else about.size, about.etag or "")]
     if not told:
         raise UserError(
             f"{item.repo} at {item.revision} has no files {item.file}; look at {constants.ENDPOINT}/{item.repo}/tree/{item.revision}", code=1
@@ -225,13 +225,13 @@ def _on_hub(item: Item) -> list[Source]:
 
 
 def _matching(item: Item, told: list[Told]) -> list[Told]:
-    """The files of a repository that `weights.files_of` would take for a pattern or a folder, and their index."""
+    """The files of a repository that `weights.files_of` would take for a pattern or a folder; before them their index, which says what is missing."""
     asked = PurePosixPath(item.file)
     folders, pattern = ([asked.parent], asked.name) if "*" in asked.name else ([asked / "transformer", asked], "*.safetensors")
     for folder in folders:
         inside = [(PurePosixPath(entry[0]).name, entry) for entry in told if PurePosixPath(entry[0]).parent == folder]
         if any(fnmatchcase(name, pattern) for name, _ in inside):
-            return [entry for name, entry in inside if fnmatchcase(name, pattern) or fnmatchcase(name, INDEX)]
+            return [entry for sought in (INDEX, pattern) for name, entry in inside if fnmatchcase(name, sought)]
     return []
 
 
@@ -353,5 +353,9 @@ def _size(count: int | None) -> str:
 def _ask() -> None:
     if not sys.stdin.isatty():
         raise UserError("nobody is there to be asked whether to fetch this; add --yes")
-    if not Confirm.ask("Fetch?", console=Console(stderr=True)):
+    try:
+        agreed = Confirm.ask("Fetch?", console=Console(stderr=True))
+    except EOFError:
+        agreed = False
+    if not agreed:
         raise UserError("nothing was fetched", code=1)

@@ -138,6 +138,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what is in the middle of a chunk comes again
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield hub
     server.shutdown()
@@ -221,8 +222,7 @@ def test_what_the_hub_says_is_used_where_the_baseline_says_nothing(folders: Path
     assert f"{path} has sha256 {sha(CONTENT)}; nobody says what it should be" in capsys.readouterr().err
 
 
-def test_an_interrupted_download_goes_on(folders: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 10_000)  # what is in the middle of a chunk comes again
+def test_an_interrupted_download_goes_on(folders: Path, hub: Hub) -> None:
     hub.cut = 45_000
     sentence = refused(1, item())
     assert "did not come from" in sentence and "the same command goes on from here" in sentence
@@ -247,6 +247,7 @@ def test_the_beginning_of_another_version_is_not_gone_on_from(folders: Path, hub
     hub.files["sub/model.pt"] = other = b"x" * 50_000
     hub.cut = 20_000
     refused(1, item(content=other))
+    assert [path.stat().st_size for path in (store(folders) / "sub").iterdir()] == [20_000]
     hub.files["sub/model.pt"], hub.cut, hub.broken = CONTENT, None, False
     (path,) = fetch.fetch([item()], yes=True)
     assert path.read_bytes() == CONTENT and left_over(folders) == ["model.pt"]
@@ -367,6 +368,7 @@ def test_several_files_come_as_a_pattern_or_a_folder(folders: Path, hub: Hub, tm
         (store(folders) / inner / files[0].name).unlink()
         fetch.fetch([wanted], yes=True)
         assert hub.served[3:] == [(f"{inner}/{files[0].name}", None)]
+        assert hub.served[0][0] == f"{inner}/model.safetensors.index.json"
 
 
 def test_several_files_that_are_not_those_that_were_asked_for(folders: Path, hub: Hub, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def reference_clean(prompt: str) -> str:
         ("  a red\n\n disc\tmoves \r\n", "a red disc moves"),
         ("fish &amp; chips", "fish & chips"),
         ("fish &amp;amp; chips", "fish & chips"),
-        ("5 &lt; 6", "5 < 6"),
+        ("5 < 6 &amp;amp; 7", "5 < 6 & 7"),  # ftfy leaves entities alone where a < is
         ("a\u00a0wide\u2003space\u3000here", "a wide space here"),
         ("a&nbsp;b", "a b"),
         ("cafÃ© on fire", "café on fire"),
@@ -177,7 +177,7 @@ def test_prompts_are_cleaned(prompt: str, cleaned: str) -> None:
     assert clean(prompt) == cleaned == reference_clean(prompt)
 
 
-@given(st.text(st.one_of(st.characters(), st.sampled_from(" \t\n\x0b\x1c\x85\u00a0\u200b\u2028&;#ampnbsltÃ©â€")), max_size=40))
+@given(st.text(st.one_of(st.characters(), st.sampled_from(" \t\n\x0b\x1c\x85\u00a0\u200b\u2028<&;#ampnbsltÃ©â€")), max_size=40))
 def test_cleaning_is_the_reference_s(prompt: str) -> None:
     assert clean(prompt) == reference_clean(prompt)
 
