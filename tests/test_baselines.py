@@ -29,6 +29,7 @@ SYSTEMS: dict[str, tuple[int | None, int | None, str | None, tuple[float, ...] |
     "longlive-1.0": (12, 3, "absolute", WARPED, 5.0, 3.21),
     "longlive-1.0-infinity": (12, 3, "relative", WARPED, 5.0, 3.21),
     "infinite-forcing": (6, 1, "relative", WARPED, 5.0, 1.61),
+    "rolling-forcing": (21, 3, "absolute", (1000, 952.381, 882.353, 769.231, 555.556), 5.0, 6.43),
     "wan2.1-1.3b": (None, None, None, 50, 8.0, None),
     "wan2.1-14b": (None, None, None, 50, 5.0, None),
 }
@@ -50,10 +51,12 @@ def test_the_sampler_is_the_systems_own(name: str) -> None:
         assert cfg.guidance == {"wan2.1-1.3b": 6.0, "wan2.1-14b": 5.0}[name] and len(cfg.negative) == 137
         return
     assert cache is not None and cache.window is not None
-    assert (cfg.chunk, cfg.guidance, cfg.solver) == (3, 1.0, "renoise")
+    rolling = name == "rolling-forcing"
+    assert (cfg.chunk, cfg.guidance, cfg.solver) == (3, 1.0, "rolling" if rolling else "renoise")
     assert (cache.window, cache.sink, cache.rope) == (window, sink, rope)
     assert timesteps(cfg) == pytest.approx(steps, abs=1e-3)
-    assert round(cache.window * 1560 * 1536 * 30 * 2 * 2 / 2**30, 2) == gib
+    frames = cache.window + (cache.sink or 0 if rolling else 0)  # Rolling Forcing keeps its sink a second time, without rotation
+    assert round(frames * 1560 * 1536 * 30 * 2 * 2 / 2**30, 2) == gib
     assert cache.policy == ("ema_sink" if "reward" in name else "static_sink" if sink else "window")
     assert found.max_latents == (1024 if rope == "absolute" and cfg.reroll is None else None)  # the authors' table of absolute positions ends there
 
