@@ -143,6 +143,8 @@ def test_other_checkpoints_are_refused(weights: Path, tmp_path: Path) -> None:
     assert f"NaN or infinity in 1 tensor(s), first '{attention}'" in refused(**{"blocks.1.attn.o.weight": broken})
     for dtype in (torch.int64, torch.float8_e4m3fn):  # the fp8 file of a third party has other numbers
         assert "it has another kind of number in 1 tensor(s)" in refused(**{"norm.weight": torch.zeros(16).to(dtype)})
+    assert "it has another kind of number in 2 tensor(s)" in refused(**{"token_embedding.weight": torch.zeros(64, 16, dtype=torch.int64)})
+    assert "it has something else for 2 tensor(s)" in refused(**{"token_embedding.weight": 3})
     assert "it has unknown 1 tensor(s), first 'step'" in refused(step=3)
     for path in (weights, tmp_path / "nothing.pth"):
         weights.write_bytes(weights.read_bytes()[:-300])

@@ -23,7 +23,7 @@ from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, canonical, fingerprint
-from rfbench.weights import files_of, load_into, read_tensors, sha256_of
+from rfbench.weights import FLOATS, files_of, load_into, read_tensors, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -121,7 +121,10 @@ def load_encoder(weights: Path, cfg: UMT5Cfg, dtype: torch.dtype) -> Any:
         UserError: a file is missing or corrupt, or names, shapes or values are not those of this encoder.
     """
     tensors = to_transformers(read_tensors(weights, WeightsCfg(weights.name)), cfg.layers, where=weights)
-    tensors[EMBEDDING] = tensors[TIED] = tensors[EMBEDDING].to(dtype)  # converted once
+    embedding = tensors[EMBEDDING]
+    if isinstance(embedding, Tensor) and embedding.dtype in FLOATS:
+        embedding = embedding.to(dtype)  # once for both of its names
+    tensors[EMBEDDING] = tensors[TIED] = embedding
     encoder = empty_encoder(cfg).to(dtype)
     load_into(encoder, tensors, where=weights)
     encoder.encoder.set_input_embeddings(encoder.shared)
