@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from rfbench import config, weights
-from rfbench.config import Baseline
+from rfbench.config import Baseline, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, sha256_of
@@ -67,13 +66,7 @@ class Item:
         return config.settings().weights / self.repo / self.file
 
 
-wan21 = functools.partial(Item, "Wan-AI/Wan2.1-T2V-1.3B", revision="37ec512624d61f7aa208f7ea8140a131f93afc9a", licence="apache-2.0")
-TEXT_ENCODER = wan21(
-    file="models_t5_umt5-xxl-enc-bf16.pth", bytes=11361920418, sha256="7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d"
-)
-TOKENIZER = wan21(file="google/umt5-xxl/tokenizer.json", sha256="6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b")
-AUTOENCODER = wan21(file="Wan2.1_VAE.pth", bytes=507609880, sha256="38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981")
-NEEDS = dict.fromkeys(("wan2.1-1.3b", "wan2.1-14b"), (TEXT_ENCODER, TOKENIZER, AUTOENCODER))  # backbone -> beside the denoiser's weights
+LICENCES = {"Wan-AI/Wan2.1-T2V-1.3B": "apache-2.0", "Wan-AI/Wan2.2-TI2V-5B": "apache-2.0"}  # of what backbones take from there
 
 
 @dataclass(frozen=True)
@@ -101,13 +94,19 @@ class Source:
 
 
 def items_of(cfg: Baseline) -> list[Item]:
-    """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and what its backbone needs."""
-    own, needed = cfg.weights, NEEDS.get(cfg.backbone, ())
-    if own.repo is None:
-        return list(needed)
-    first = Item(own.repo, own.file, own.revision or "main", own.bytes, own.sha256, cfg.license.weights)
-    adapter = [replace(first, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256)] if own.lora else []
-    return [first, *adapter, *needed]
+    """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and the parts of its backbone."""
+    from rfbench.backbones.base import open_backbone
+
+    own = cfg.weights
+    adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
+    parts = open_backbone(cfg.backbone, decoder=cfg.decoder).parts()
+    return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
+
+
+def _items(licence: str | None, *wanted: WeightsCfg | None) -> list[Item]:
+    """Those of the files that come from a repository; where no licence is given, it is that of the repository."""
+    found = [(one, one.repo) for one in wanted if one is not None and one.repo is not None]
+    return [Item(repo, one.file, one.revision or "main", one.bytes, one.sha256, licence or LICENCES[repo]) for one, repo in found]
 
 
 def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = False, dry_run: bool = False) -> list[Path]:

@@ -17,11 +17,11 @@ PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
-    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "fetch", "video"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
     {"sampler", "rolling", "backbones", "reward", "videoreward", "baselines"},
     {"methods", "scorers", "timing"},
     {"stopwatch"},
-    {"train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
+    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
     {"cli"},
 ]
 VERBS = {"train", "generate", "evaluate", "profiling", "report"}
