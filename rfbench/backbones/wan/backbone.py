@@ -116,13 +116,13 @@ class WanBackbone(nn.Module):
         Raises:
             UserError: some are of another model, or their file is corrupt.
         """
+        self._store()
         load_into(self.denoiser, tensors, where=where)
         self.vae.load(read_tensors(parts["vae"], VAE), parts["vae"])
         if self.tiny is not None:
             self.tiny.load(read_tensors(parts["tiny"], TINY), parts["tiny"])
         cache = config.settings().weights / "embeddings"
         self.text = WanText(parts["text"], parts["tokenizer"].parent, cache, dtype=self.dtype, cfg=self.member.text, sha256=TEXT.sha256)
-        self._store()
 
     def fresh(self, seed: int) -> None:
         """Random weights for every part; prompts are hashed word by word, since there is no tokenizer."""
@@ -134,6 +134,7 @@ class WanBackbone(nn.Module):
         self.text = RandomText(self.member.text, self.dtype, seed)
 
     def _store(self) -> None:
+        """Settle dtypes while nothing takes memory yet: tensors are converted one by one as they come in."""
         self.denoiser.store(self.dtype)
         self.vae.to(self.vae_dtype)
         if self.tiny is not None:
