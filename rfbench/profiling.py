@@ -23,7 +23,7 @@ from rfbench.baselines import Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.progress import Progress
-from rfbench.stopwatch import Worker
+from rfbench.stopwatch import Worker, beyond
 from rfbench.timing import STEADY, TIMINGS, Round
 
 TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what its speed does not depend on
@@ -129,12 +129,12 @@ def in_turn(
 
 
 def possible(ready: Prepared, chunks: int) -> int:
-    """How many of the wanted chunks can be timed: 0 without chunks, no more than one rollout has; one more than is timed has to be made."""
+    """How many of the wanted chunks can be timed: 0 without chunks, no more than one rollout has; some more than are timed have to be made."""
     sampler = ready.cfg.sampler
     if sampler.chunk is None:
         return 0
     longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
-    return min([chunks, *(most // sampler.chunk - 1 for most in longest)])
+    return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])
 
 
 def take_round(workers: Mapping[str, Worker], process: int, number: int, place: int) -> Round:

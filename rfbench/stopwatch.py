@@ -148,13 +148,13 @@ def take(contestant: Contestant, number: int) -> Turn:
     backbone, cfg = contestant.backbone, contestant.sampler
     clip = time_clip(backbone, cfg, contestant.prompts[0], contestant.latents, number)
     stream = time_stream(backbone, cfg, contestant.prompts, contestant.chunks, number) if contestant.chunks else ()
-    switched = stream[-1] if stream else None
+    switched = stream[-1] if stream and cfg.solver != "rolling" else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
     reserved, device = None, None
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    return Turn(contestant.name, backbone.shape.fps, clip, stream[:-1], switched, peak(), reserved, device, cold)
+    return Turn(contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold)
 
 
 def meter() -> tuple[str, Callable[[], int]]:
@@ -213,13 +213,19 @@ def time_clip(backbone: Backbone, cfg: SamplerCfg, prompt: str, latents: int, se
 
 @torch.no_grad()
 def time_stream(backbone: Backbone, cfg: SamplerCfg, prompts: tuple[str, str], chunks: int, seed: int) -> tuple[Chunk, ...]:
-    """A stream of `chunks` chunks, and one more: the last of a clip has no context pass, so on that one the prompt switches.
+    """A stream of `chunks` chunks, and the one after them, on which the prompt switches (in a joint window no chunk can).
 
     Both prompts are encoded before the clock starts.
     """
     assert cfg.chunk is not None
     texts, other = _texts(backbone, cfg, prompts[0]), backbone.encode_text([prompts[1]])
-    return _timed(Clock(), backbone, cfg, texts, (chunks + 1) * cfg.chunk, seed, switches=[(chunks * cfg.chunk, other)])
+    switches = [] if cfg.solver == "rolling" else [(chunks * cfg.chunk, other)]
+    return _timed(Clock(), backbone, cfg, texts, (chunks + beyond(cfg)) * cfg.chunk, seed, switches=switches)[: chunks + 1]
+
+
+def beyond(cfg: SamplerCfg) -> int:
+    """Chunks that a stream is longer than what is timed of it: the last has no context pass, and a joint window runs empty."""
+    return 1 if cfg.solver != "rolling" or isinstance(cfg.steps, int) else max(1, len(cfg.steps) - 1)
 
 
 def _texts(backbone: Backbone, cfg: SamplerCfg, prompt: str) -> tuple[Tensor, Tensor | None]:

@@ -254,6 +254,22 @@ def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
         assert profiling.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
 
 
+def test_a_joint_window_is_timed_while_it_is_full(tmp_path):
+    """As many chunks in work as there are steps; each turn of the window makes one chunk, and none of the timed ones is made by a shorter one."""
+    rolling = {"steps": [1000, 750, 500], "shift": 5.0, "solver": "rolling", "chunk": 3}
+    rolling |= {"cache": {"policy": "static_sink", "window": 18, "sink": 3, "rope": "absolute"}}
+    ready = baselines.prepare(models.write(tmp_path, "joint", sampler=rolling))
+    assert stopwatch.beyond(ready.cfg.sampler) == 2
+    contestant = stopwatch.warm(ready, 6, 0.0)
+    widths: list[int] = []
+    contestant.backbone.denoiser.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[1]))
+    clip, chunks = stopwatch.take(contestant, 0), 81 // 12 + 1
+    assert clip.switched is None
+    assert [chunk.index for chunk in clip.stream] == list(range(6)) and all(chunk.cached is not None for chunk in clip.stream)
+    passes = widths[2 * chunks + 1 :]  # of the stream: a clip of n chunks takes n + 2 joint passes and n - 1 clean ones
+    assert passes[:2] == [3, 6] and passes[2 : 2 + 2 * 6] == [9, 3] * 6
+
+
 def test_only_what_is_said_about_it_leaves_a_contender_its_speed(tmp_path):
     def cfg(*fields: str) -> Any:
         return baselines.prepare(path, fields).cfg
