@@ -163,12 +163,12 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half the rows and columns, or twice as many with half the channels; then or before that, if `time_conv` is there, so with the frames.
+    """Half as many rows and columns, or (`up`) twice as many with half the channels; if it is `temporal`, frames as well.
 
-    The first frame of a stream stays one frame: going down it is the past of the frame after it, going up it leaves none.
+    The first frame of a stream stays one frame. Going down, it is the past of the second; going up, the second begins after zeros.
     """
 
-    def __init__(self, dim: int, *, up: bool, in_time: bool) -> None:
+    def __init__(self, dim: int, *, up: bool, temporal: bool) -> None:
         super().__init__()
         self.up = up
         if up:
@@ -176,7 +176,7 @@ class Resample(nn.Module):
         else:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = None
-        if in_time:
+        if temporal:
             self.time_conv = causal_conv(dim, 2 * dim, (3, 1, 1)) if up else causal_conv(dim, dim, (3, 1, 1), stride=2)
 
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
@@ -188,15 +188,12 @@ class Resample(nn.Module):
         conv = self.time_conv
         if conv is None:
             return x_BTHWC
-        first, rest = (x_BTHWC[:, :0], x_BTHWC) if conv in past else (x_BTHWC[:, :1], x_BTHWC[:, 1:])
         if conv not in past:
+            first, rest = x_BTHWC[:, :1], x_BTHWC[:, 1:]
             past[conv] = first.new_zeros(()) if self.up else first.clone()
-        if not rest.shape[1]:
-            return first
-        rest = causal(conv, rest, past)
-        if self.up:
-            rest = in_time(rest, 2)
-        return torch.cat([first, rest], dim=1) if first.shape[1] else rest
+            return torch.cat([first, self._resample_time(rest, past)], dim=1) if rest.shape[1] else first
+        x_BTHWC = causal(conv, x_BTHWC, past)
+        return in_time(x_BTHWC, 2) if self.up else x_BTHWC
 
 
 class Network(nn.Module):
@@ -243,7 +240,7 @@ def encoder(cfg: VAECfg) -> Network:
     for number, times in enumerate(cfg.dim_mult):
         layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks, 0.5**number)
         if number < len(cfg.dim_mult) - 1:
-            layers.append(Resample(width, up=False, in_time=cfg.temporal_downsample[number]))
+            layers.append(Resample(width, up=False, temporal=cfg.temporal_downsample[number]))
     return Network((3, cfg.dim, width, 2 * cfg.z_dim), downsamples=layers, middle=middle(width))
 
 
@@ -255,7 +252,7 @@ def decoder(cfg: VAECfg) -> Network:
     for number, times in enumerate(reversed(cfg.dim_mult)):
         layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks + 1, 0.5 ** (last - 1 - number))
         if number < last:
-            layers.append(Resample(width, up=True, in_time=cfg.temporal_downsample[last - 1 - number]))
+            layers.append(Resample(width, up=True, temporal=cfg.temporal_downsample[last - 1 - number]))
             width //= 2
     return Network((cfg.z_dim, first, width, 3), middle=middle(first), upsamples=layers)
 
@@ -280,25 +277,25 @@ class WanVAE(nn.Module):
             tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
         load_into(self, tensors, where=where)
 
-    def latent_scale(self, device: torch.device) -> Tensor:
-        """Mean and standard deviation of the latent channels, in float32 whatever the dtype of the weights: [2, C]."""
-        return torch.tensor((self.cfg.mean, self.cfg.std), dtype=torch.float32, device=device)
+    def latent_scale(self) -> Tensor:
+        """Mean and standard deviation of the latent channels, where the weights are, but in float32 whatever they are in: [2, C]."""
+        return torch.tensor((self.cfg.mean, self.cfg.std), dtype=torch.float32, device=self.conv2.weight.device)
 
 
 class WanDecoder:
-    """Streaming state of a batch of clips being decoded: a `Decoder` of `rfbench.backbones.base`."""
+    """Streaming state of a batch of clips being decoded, without gradients: a `Decoder` of `rfbench.backbones.base`."""
 
     approximate = False
 
     def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
         self.past: Past = {}
+        self.mean, self.std = vae.latent_scale()
 
     @torch.no_grad()
     def __call__(self, latent_BFCHW: Tensor) -> Tensor:
         """Pixels [B, T, 3, H, W] of the next frames' normalised latents, in float32 within [-1, 1], whatever the dtype of the weights."""
-        mean, std = self.vae.latent_scale(latent_BFCHW.device)
-        z_BFHWC = latent_BFCHW.float().permute(0, 1, 3, 4, 2) * std + mean
+        z_BFHWC = latent_BFCHW.float().permute(0, 1, 3, 4, 2) * self.std + self.mean
         parts = [self._decode(part) for part in z_BFHWC.to(self.vae.conv2.weight.dtype).split(AT_ONCE, dim=1)]
         return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
 
@@ -308,11 +305,12 @@ class WanDecoder:
 
 
 class WanEncoder:
-    """Streaming state of a batch of clips being encoded: the networks' past and the pixel frames that do not fill a latent frame yet."""
+    """Streaming state of a batch of clips being encoded, without gradients: the past, and pixel frames that do not fill a latent frame yet."""
 
     def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
         self.past: Past = {}
+        self.mean, self.std = vae.latent_scale()
         self.waiting_BTHWC: Tensor | None = None
 
     @torch.no_grad()
@@ -339,8 +337,7 @@ class WanEncoder:
         step = AT_ONCE * TEMPORAL
         parts = x_BTHWC[:, :ready].tensor_split(tuple(range(step - ahead, ready, step)), dim=1)
         mean_BFHWC = torch.cat([self._encode(part) for part in parts], dim=1)
-        mean, std = self.vae.latent_scale(mean_BFHWC.device)
-        return ((mean_BFHWC - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+        return ((mean_BFHWC - self.mean) / self.std).permute(0, 1, 4, 2, 3).contiguous()
 
     def _encode(self, x_BTHWC: Tensor) -> Tensor:
         moments = pointwise(self.vae.conv1, self.vae.encoder(x_BTHWC, self.past))
