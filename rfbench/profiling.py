@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import attention, baselines, config, hardware, provenance, records, statistics, strict, timing
-from rfbench.baselines import Prepared
+from rfbench.baselines import RANDOM, Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.progress import Progress
@@ -184,19 +184,26 @@ def document(directory: Path, compare: bool = False) -> dict[str, Any]:
 
 def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
     """A document as rows for people: a metric each, with median and range of every contender, and the ratio where two are compared."""
+    labels = {name: name + _marks(document["recorded"]["contenders"][name]) for name in document["timings"]}
     rows = []
     for metric, definition in TIMINGS.items():
         scale = 1e-6 if definition.metric.unit == "bytes" else 1.0
         row = {"": f"{metric.replace('_bytes', '_MB')}"}
         for name, columns in document["timings"].items():
             found = columns.get(metric)
-            row[name] = f"{scale * found['median']:.4g} [{scale * found['low']:.4g}, {scale * found['high']:.4g}]" if found else ""
+            row[labels[name]] = f"{scale * found['median']:.4g} [{scale * found['low']:.4g}, {scale * found['high']:.4g}]" if found else ""
         ratio = document.get("compare", {}).get("ratios", {}).get(metric)
         if "compare" in document:
             row["times as good"] = "" if ratio is None else f"{ratio['value']:.3f} {_interval(ratio)}"
         if any(text for key, text in row.items() if key):
             rows.append(row)
     return rows
+
+
+def _marks(about: Mapping[str, Any]) -> str:
+    """What a reader of a contender's numbers has to know beside its name."""
+    found = [text for text, there in (("random weights", about["weights_sha256"] == RANDOM), ("tiny decoder", about["decoder"] == "tiny")) if there]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _interval(ratio: Mapping[str, Any]) -> str:

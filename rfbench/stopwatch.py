@@ -106,7 +106,7 @@ class Contestant:
     latents: int  # of a clip
     chunks: int  # of a stream; 0 where there are none
     prompts: tuple[str, str]  # of a clip and a stream; that a stream switches to
-    cold_start_s: float | None  # until a turn has reported it
+    cold_start_s: float | None  # until a turn has reported it; never with random weights
     about: dict[str, Any]
 
 
@@ -121,8 +121,9 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     for _ in range(WARM_UPS - 1):
         time_clip(backbone, ready.cfg.sampler, prompts[0], latents, 0)
     what, _ = meter()
-    about = {"weights_sha256": ready.weights_sha256, "precision": precision(backbone), "memory": what, "chunks": chunks}
-    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompts, begun - born + first, about)
+    cold = None if ready.weights is None else begun - born + first  # drawing weights is not loading them
+    about = {"weights_sha256": ready.weights_sha256, "precision": precision(backbone), "decoder": ready.cfg.decoder, "memory": what, "chunks": chunks}
+    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompts, cold, about)
 
 
 def precision(backbone: Backbone) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Turn:
     peak_bytes: int  # most memory held during the turn: allocated on a GPU, resident on a CPU
     reserved_bytes: int | None  # the same with what torch keeps in reserve on the GPU
     device_bytes: int | None  # in use on the GPU as a whole when the turn ended
-    cold_start_s: float | None  # from the start of its process to its first frame; in the first turn of a process
+    cold_start_s: float | None  # from the start of its process to its first frame; in the first turn of a process that loaded weights
 
 
 @dataclass(frozen=True)

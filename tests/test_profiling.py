@@ -140,6 +140,9 @@ def test_rounds_that_are_not_whole_are_refused(tmp_path, monkeypatch):
     good = [json.loads(line) for line in (directory / "rounds.jsonl").read_text().splitlines()]
 
     def refused(rows: list[Any], sentence: str) -> None:
+        (directory / "rounds.jsonl").unlink()
+        with pytest.raises(UserError, match="not what was written"):
+            evidence.read_timings(directory)
         (directory / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with pytest.raises(UserError, match="not what was written"):
             evidence.read_timings(directory)
@@ -305,6 +308,16 @@ def test_random_weights_need_no_file_and_are_marked(tmp_path, monkeypatch):
     assert ready.inputs()["weights_sha256"] == "random"
     contestant = stopwatch.warm(ready, 0, 0.0)
     assert contestant.about["weights_sha256"] == "random"
+    assert contestant.cold_start_s is None  # nothing was loaded
+    found = {"dit_fps": {"median": 20.0, "low": 19.0, "high": 21.0}, "peak_memory_bytes": {"median": 2e9, "low": 2e9, "high": 2e9}}
+    document = {
+        "timings": {"a": found, "b": {}},
+        "recorded": {"contenders": {"a": contestant.about, "b": {"weights_sha256": "f", "decoder": "tiny"}}},
+    }
+    assert profiling.table(document) == [
+        {"": "dit_fps", "a (random weights)": "20 [19, 21]", "b (tiny decoder)": ""},
+        {"": "peak_memory_MB", "a (random weights)": "2000 [2000, 2000]", "b (tiny decoder)": ""},
+    ]
     assert float(contestant.backbone.denoiser.head.head.weight.std()) == pytest.approx(0.02, rel=0.1)
 
 

@@ -196,7 +196,8 @@ def read_timings(directory: Path) -> dict[str, Timed]:
     """
     run = finished(directory, "profile")
     again = "profile it again with --fresh"
-    if run.result.get("rounds_sha256") != records.sha256_of(directory / "rounds.jsonl"):
+    path = directory / "rounds.jsonl"
+    if not path.exists() or run.result.get("rounds_sha256") != records.sha256_of(path):
         raise UserError(f"{directory}: rounds.jsonl is not what was written; {again}")
     rounds = timing.read_rounds(directory)
     names = declared(run, "contenders")
