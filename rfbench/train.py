@@ -89,6 +89,8 @@ def check(cfg: Recipe) -> None:
         raise UserError(f"recipe '{cfg.title}': method 'ode' makes a streaming student and needs a sampler with 'chunk' and 'cache'")
     if cfg.scores is not None and cfg.sampler.guidance != 1.0:
         raise UserError(f"recipe '{cfg.title}': a student learns its teacher's guidance; leave 'sampler.guidance' at 1 and set 'scores.guidance'")
+    if cfg.method != "flow" and cfg.sampler.solver != "renoise":
+        raise UserError(f"recipe '{cfg.title}': a student is trained to be clean at any of its steps; that takes 'sampler.solver: renoise'")
     if cfg.sampler.chunk is not None and cfg.latents % cfg.sampler.chunk:
         raise UserError(f"recipe '{cfg.title}': {cfg.latents} latent frames are not whole chunks of {cfg.sampler.chunk}")
 

@@ -238,6 +238,7 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
         ),
         ("dmd", {"scores": None}, "method 'dmd' needs 'scores'"),
         ("dmd", {"reward": {"name": "toy_motion", "beta": 1.0}}, "method 'dmd' does not use 'reward'"),
+        ("dmd", {"sampler": STUDENT | {"solver": "euler"}}, "clean at any of its steps; that takes 'sampler.solver: renoise'"),
         ("dmd", {"sampler": STUDENT | {"guidance": 2.0}}, "leave 'sampler.guidance' at 1"),
         ("redmd", {"reward": None}, "method 'redmd' needs 'reward'"),
         ("redmd", {"reward": {"name": "toy_moton", "beta": 1.0}}, "there is no reward 'toy_moton'; did you mean 'toy_motion'"),
