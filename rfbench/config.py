@@ -53,11 +53,15 @@ class CacheCfg:
 
 @dataclass(frozen=True)
 class RerollCfg:
-    """How CausVid makes clips that are longer than its rollouts: each begins with the last frames of the one before, the first
-    of them made anew from its last pixels (CausVid, long video inference)."""
+    """How clips are made that are longer than a model's rollouts: each begins with the last frames of the one before.
+
+    `anew` says which of these are encoded anew from the pixels that they became: the first (CausVid), all (SkyReels-V2), or none
+    (SkyReels-V2 in diffusers). CausVid shows them as the later rollout decodes them, SkyReels-V2 as the earlier one does.
+    """
 
     latents: int  # of one rollout
     overlap: int  # latent frames that two rollouts share
+    anew: Literal["first", "all", "none"] = "first"
 
 
 @dataclass(frozen=True)
@@ -67,37 +71,58 @@ class SamplerCfg:
     `solver: renoise` predicts the clean chunk and adds fresh noise for the next step (few-step students); `euler` follows
     the flow (many-step teachers), and so does `unipc`, in second order and on Wan's own grid of timesteps. `chunk: null`
     makes all frames at once, which is the bidirectional sampler. `rolling` is `renoise` with as many chunks in work as there
-    are steps, each at another one (Rolling Forcing).
+    are steps, each at another one (Rolling Forcing). `forcing` is `unipc` with all frames in work at once and a timestep for
+    each of them: in step without `chunk`, else a chunk `lag` steps behind the one before it (SkyReels-V2); it has no cache.
     """
 
     steps: tuple[int, ...] | int  # timesteps of 1000 in the order taken, or a number of evenly spaced ones
     shift: float
     warp: bool = True  # look the steps up in the shifted table (1000, 937.5, ...) instead of taking them as they are
     chunk: int | None = 3  # latent frames
-    solver: Literal["renoise", "euler", "unipc", "rolling"] = "renoise"
+    solver: Literal["renoise", "euler", "unipc", "rolling", "forcing"] = "renoise"
+    lag: int | None = None  # forcing, exactly when `chunk` is given
+    causal: bool = False  # forcing with chunks: none sees those after it
     guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
     negative: str = ""  # prompt of the unconditional pass
-    context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498)
-    cache: CacheCfg | None = None  # exactly when `chunk` is given
+    context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498); forcing: on given frames
+    cache: CacheCfg | None = None  # exactly when `chunk` is given, but not with `forcing`
     reroll: RerollCfg | None = None  # null: one rollout, as long as the clip
 
     def __post_init__(self) -> None:
-        if (self.chunk is None) != (self.cache is None):
+        if self.solver == "forcing":
+            self._check_forcing()
+        elif self.lag is not None or self.causal:
+            raise UserError(f"solver '{self.solver}' does not use 'lag' and 'causal'; leave them out")
+        elif (self.chunk is None) != (self.cache is None):
             raise UserError("a sampler has a cache exactly when it has a chunk: give both, or neither for the bidirectional sampler")
         if isinstance(self.steps, int) and not self.warp:
             raise UserError("a number of steps is spaced on the shifted grid; 'warp: false' needs a list of timesteps")
-        if self.solver == "unipc" and not isinstance(self.steps, int):
-            raise UserError("solver 'unipc' has a grid of its own; give a number of steps, not a list")
+        if self.solver in ("unipc", "forcing") and not isinstance(self.steps, int):
+            raise UserError(f"solver '{self.solver}' has a grid of its own; give a number of steps, not a list")
         if self.negative and self.guidance == 1.0:
             raise UserError("a 'negative' prompt is not used without guidance; set 'guidance', or leave it out")
         if self.cache is not None and self.cache.empty_sink == "attended" and (self.chunk or 0) >= (self.cache.sink or 0):
             raise UserError("cache 'empty_sink' changes nothing where a chunk fills the sink; leave it out")
         if self.solver == "rolling":
             self._check_rolling()
-        if self.reroll is not None and (
-            self.chunk is None or self.reroll.latents % self.chunk or self.reroll.overlap % self.chunk or self.reroll.overlap >= self.reroll.latents
-        ):
+        if self.reroll is not None and not self._rerolls(self.reroll):
             raise UserError("'reroll' needs whole chunks: 'latents' and 'overlap' are multiples of 'chunk', and 'overlap' is the smaller one")
+
+    def _rerolls(self, reroll: RerollCfg) -> bool:
+        """Whether rollouts and what they share are chunks, or a bidirectional sampler that can go on from given frames."""
+        if self.chunk is None and self.solver != "forcing":
+            return False
+        chunk = self.chunk or 1
+        return 0 < reroll.overlap < reroll.latents and reroll.latents % chunk == 0 and reroll.overlap % chunk == 0
+
+    def _check_forcing(self) -> None:
+        """What a timestep per frame rules out."""
+        if self.cache is not None:
+            raise UserError("solver 'forcing' keeps all frames in work and has no 'cache'; leave it out")
+        if (self.chunk is None) != (self.lag is None) or (self.lag is not None and self.lag < 1):
+            raise UserError("solver 'forcing' needs a 'lag' of at least one step exactly when it has a 'chunk'; without both all frames go in step")
+        if self.causal and self.chunk is None:
+            raise UserError("solver 'forcing' is 'causal' from chunk to chunk; give a 'chunk' and a 'lag', or leave it out")
 
     def _check_rolling(self) -> None:
         """What the joint window takes for granted."""
@@ -218,6 +243,14 @@ class RewardCfg:
     name: str
     beta: float
     clip: float | None = None  # largest weight
+    input: Literal["correct", "as_released"] | None = None  # videoreward_mq: what it is shown; null is correct (D-5, D-6, D-7)
+    fps: float | None = None  # videoreward_mq: frames per second that it is shown; null is its own 2
+
+    def __post_init__(self) -> None:
+        if self.name != "videoreward_mq" and (self.input is not None or self.fps is not None):
+            raise UserError(f"reward '{self.name}' does not use 'input' and 'fps'; leave them out")
+        if self.fps is not None and (self.input == "as_released" or not self.fps > 0):
+            raise UserError("reward 'fps' is a positive rate, and input 'as_released' has no use for it: it is every frame")
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
-from rfbench.scorers.base import SCORERS, Scorer
+from rfbench.scorers.base import LIGHT, SCORERS, Scorer
 
 
 def evaluate(run: Path, scorers: Sequence[str] = (), *, partial: bool = False, fresh: bool = False) -> Path:
-    """Score a finished run, or with `partial` what there is of an unfinished one; all scorers if none is named.
+    """Score a finished run, or with `partial` what there is of an unfinished one; those that need no weights if none is named.
 
     Returns:
         the directory of the scores.
@@ -34,7 +34,7 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, partial: bool = False, f
         UserError: no such scorer, not a run of `generate`, not finished; a video that is not the recorded one or a scorer
             that does not do its work (code 1).
     """
-    chosen = [pick(SCORERS, name, what="scorer") for name in scorers or SCORERS]
+    chosen = [pick(SCORERS, name, what="scorer") for name in scorers or LIGHT]
     found = records.read_run(run)
     if found.verb != "generate":
         raise UserError(f"{run} is a {found.verb} run; only the clips of `rfbench generate` can be scored")

@@ -5,21 +5,64 @@ Shapes: B batch, T pixel frames, H and W pixel rows and columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rfbench import world
+from rfbench.config import RewardCfg
+from rfbench.registry import pick
+
+if TYPE_CHECKING:
+    from rfbench.videoreward.model import VideoReward
 
 Reward = Callable[[Tensor, list[str]], Tensor]  # pixels [B, T, 3, H, W] in [-1, 1], prompts -> [B]
-REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion"}
+REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion", "videoreward_mq": "rfbench.reward:videoreward_mq"}
 # Metrics of the scorers that judge what a reward judges: whoever was trained on it saw them, and their cells are marked.
-JUDGED: dict[str, tuple[str, ...]] = {"toy_motion": ("motion.speed", "motion.dynamic_degree", "motion.motion_smoothness")}
+JUDGED: dict[str, tuple[str, ...]] = {
+    "toy_motion": ("motion.speed", "motion.dynamic_degree", "motion.motion_smoothness"),
+    "videoreward_mq": ("videoreward.MQ", "videoreward.overall"),
+}
 SPEED_UNIT = 0.25  # px per frame that are worth one point: about the mean and the spread of open speeds
 JITTER_UNIT = 0.2  # px of mean second difference that cost one point
 SPAN = 8  # frames that speed is measured over: what trembles gets nowhere in half a second
+
+
+def reward_of(cfg: RewardCfg, video_fps: float) -> Reward:
+    """The reward that a recipe names, for clips of so many frames per second. A network that it needs is loaded here.
+
+    Raises:
+        UserError: there is no such reward; its weights are missing or not its own.
+    """
+    found: Reward = pick(REWARDS, cfg.name, what="reward")
+    if cfg.name != "videoreward_mq":
+        return found
+    from rfbench.videoreward.model import load
+
+    return functools.partial(videoreward_mq, judge=load(), video_fps=video_fps, input=cfg.input or "correct", fps=cfg.fps)
+
+
+def videoreward_mq(
+    pixel_BTCHW: Tensor, prompts: list[str], *, judge: VideoReward, video_fps: float, input: Literal["correct", "as_released"], fps: float | None
+) -> Tensor:
+    """VideoReward's motion quality [B], normalised: mean 0 and spread 1 on the data that it was trained with (paper section 3.3).
+
+    `correct` is what the scorer would say of a file without losses: pixels as bytes, `fps` frames per second, by default VideoReward's
+    own 2, at the clip's own shape. `as_released` is what the released training has: pixels of -255 to 255 (D-5), all frames at 336x588
+    (D-6), and the first clip's reward for the whole batch (D-7).
+    """
+    from rfbench.videoreward.frames import as_file, as_released
+
+    judge.network.to(pixel_BTCHW.device)
+    if input == "as_released":
+        return judge.score([as_released(pixel_BTCHW[0])], prompts[:1])[:, 1].expand(len(prompts))
+    bytes_BTCHW = (255 * (pixel_BTCHW.float() + 1) / 2).round().clamp(0, 255).byte()
+    rate, most = fps or judge.about.fps, judge.about.max_pixels
+    return judge.score([as_file(clip, video_fps=video_fps, fps=rate, most=most) for clip in bytes_BTCHW], prompts)[:, 1]
 
 
 def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:

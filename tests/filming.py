@@ -10,7 +10,7 @@ import numpy as np
 from rfbench import world
 from rfbench.records import Clip, sha256_of
 from rfbench.registry import pick
-from rfbench.scorers.base import SCORERS
+from rfbench.scorers.base import LIGHT, SCORERS
 from rfbench.scorers.sprite import track
 from rfbench.video import writing
 
@@ -45,7 +45,7 @@ def save(frames: np.ndarray, run: Path, prompt: str = "a red disc", name: str = 
 
 def rows_of(clip: Clip, run: Path) -> list[tuple[str, int | None, float]]:
     """All rows of one clip as (public name, segment, value)."""
-    scorers = [pick(SCORERS, name, what="scorer") for name in SCORERS]
+    scorers = [pick(SCORERS, name, what="scorer") for name in LIGHT]
     return [(f"{scorer.name}.{row.metric}", row.segment, row.value) for scorer in scorers for row in scorer.score([clip], run)]
 
 
@@ -59,7 +59,7 @@ def measured(frames: np.ndarray, prompt: str) -> dict[str, float]:
     count, height, width = frames.shape[:3]
     clip = Clip("0000-0", 0, 0, prompt, prompt, 0, count, world.FPS, height, width, "", "")
     seen = track(frames)
-    scorers = [pick(SCORERS, name, what="scorer") for name in SCORERS]
+    scorers = [pick(SCORERS, name, what="scorer") for name in LIGHT]
     return {f"{scorer.name}.{row.metric}": row.value for scorer in scorers for row in scorer.measure(clip, seen) if row.segment is None}
 
 

@@ -16,7 +16,7 @@ from rfbench import world
 from rfbench.errors import UserError
 from rfbench.records import sha256_of
 from rfbench.registry import pick
-from rfbench.scorers.base import SCORERS, read_video, segments
+from rfbench.scorers.base import LIGHT, SCORERS, read_video, segments
 from rfbench.scorers.trajectory import WINDOW, straighten
 from tests.filming import SIZE, blurred, measured, pixels, rows_of, save, scene_of
 
@@ -119,7 +119,7 @@ def test_a_video_reads_as_the_library_reads_it(tmp_path, good):
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one bit"])
 @pytest.mark.parametrize("scored_before", [False, True])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", LIGHT)
 def test_a_damaged_video_gets_no_score_even_if_it_had_one_before(tmp_path, good, damage, scored_before, scorer):
     score = pick(SCORERS, scorer, what="scorer").score
     if scored_before:
@@ -168,10 +168,10 @@ def test_a_clip_that_is_too_short_to_move_is_refused(tmp_path):
 # The contract
 
 
-def test_every_scorer_keeps_the_contract(tmp_path):
+def test_every_scorer_of_the_toy_world_keeps_the_contract(tmp_path):
     prompts = ["a red disc", "a blue square moves up slowly then down", "a cyan triangle moves left slowly then quickly"]
     clips = [save(pixels(world.render(scene_of(prompt), 53)), tmp_path, prompt, name=f"{k:04}-0") for k, prompt in enumerate(prompts)]
-    for name in SCORERS:
+    for name in LIGHT:
         scorer = pick(SCORERS, name, what="scorer")
         assert scorer.name == name and scorer.version
         rows = list(scorer.score(clips, tmp_path))

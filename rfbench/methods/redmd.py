@@ -8,8 +8,7 @@ from torch import Tensor
 from rfbench.backbones.base import Backbone
 from rfbench.config import Recipe
 from rfbench.methods.dmd import Dmd
-from rfbench.registry import pick
-from rfbench.reward import REWARDS, Reward
+from rfbench.reward import Reward, reward_of
 
 
 class ReDmd(Dmd):
@@ -19,7 +18,7 @@ class ReDmd(Dmd):
         super().__init__(recipe, student, teacher)
         assert recipe.reward is not None
         self.reward_cfg = recipe.reward
-        self.reward: Reward = pick(REWARDS, recipe.reward.name, what="reward")
+        self.reward: Reward = reward_of(recipe.reward, student.shape.fps)
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         reward_B = self.reward(self.student.decoder()(video_BFCHW), prompts).double()

@@ -24,7 +24,9 @@ SCORERS = {
     "subject": "rfbench.scorers.subject:SCORER",
     "caption": "rfbench.scorers.caption:SCORER",
     "drift": "rfbench.scorers.drift:SCORER",
+    "videoreward": "rfbench.scorers.videoreward:SCORER",
 }
+LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
 
 
 @dataclass(frozen=True)

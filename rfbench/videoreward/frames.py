@@ -78,6 +78,11 @@ def as_released(pixel_TCHW: Tensor) -> Tensor:
     return resized(255 * pixel_TCHW.float(), RELEASED_SIZE)
 
 
+def token_count(frames: int, channels: int, height: int, width: int) -> int:
+    """Tokens that the network makes of so many frames whose sides are whole tokens."""
+    return math.ceil(frames / PAIR) * (height // GRAIN) * (width // GRAIN)
+
+
 def patches(frame_TCHW: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Normalised patches of frames of 0 to 255 whose sides are whole tokens: [N, 1176], and the grid of frame pairs, rows and columns.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rfbench import config
 from rfbench.errors import UserError
 from rfbench.records import read_json
-from rfbench.videoreward.frames import CELL, patches
+from rfbench.videoreward.frames import patches, token_count
 from rfbench.videoreward.network import VideoRewardCfg, VideoRewardNet, load_network
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class VideoReward:
         """Scores [B, 3] as the head gives them, float32 on the CPU. A clip's scores do not depend on what it is batched with."""
         device, tokens = self.network.rm_head.weight.device, self.network.cfg.tokens
         cut = [patches(video.to(device)) for video in videos]
-        rows = [self.ids(prompt, math.prod(grid) // CELL**2) for prompt, (_, grid) in zip(prompts, cut, strict=True)]
+        rows = [self.ids(prompt, token_count(*video.shape)) for prompt, video in zip(prompts, videos, strict=True)]
         ids_BL = torch.full((len(rows), max(map(len, rows))), tokens.pad)
         mask_BL = torch.zeros_like(ids_BL)
         for row, (ids_L, mask_L) in zip(rows, zip(ids_BL, mask_BL, strict=True), strict=True):
@@ -106,27 +106,32 @@ class VideoReward:
         return [*ids[:place], *[tokens.video] * video_tokens, *ids[place + 1 :]]
 
 
-def folder() -> Path:
-    """Where the published files belong."""
-    return config.settings().weights / REPOSITORY
+def files(where: Path | None = None) -> tuple[Path, ...]:
+    """Settings, weights and tokenizer in the published repository's directory, by default that of the weights directory.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    where = where or config.settings().weights / REPOSITORY
+    found = tuple(where / file for file in (ABOUT, WEIGHTS, TOKENIZER))
+    if missing := [path for path in found if not path.is_file()]:
+        raise UserError(f"VideoReward: {missing[0]} is missing; `hf download {REPOSITORY} --local-dir {where}` brings it")
+    return found
 
 
 def load(
     where: Path | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, cfg: VideoRewardCfg | None = None
 ) -> VideoReward:
-    """The published model from its directory, by default that of the weights directory.
+    """The published model; in bfloat16 as it was trained.
 
     Raises:
         UserError: a file is missing, corrupt, or not that of this model.
     """
-    where = where or folder()
+    settings, weights, tokens = files(where)
     cfg = cfg or VideoRewardCfg()
-    paths = [where / file for file in (ABOUT, WEIGHTS, TOKENIZER)]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise UserError(f"VideoReward: {missing[0]} is missing; `hf download {REPOSITORY} --local-dir {where}` brings it")
-    about = read_about(paths[0])
-    tokenizer = read_tokenizer(paths[2], cfg)
-    network = load_network(paths[1], replace(cfg, rank=about.rank, alpha=about.alpha), dtype)
+    about = read_about(settings)
+    tokenizer = read_tokenizer(tokens, cfg)
+    network = load_network(weights, replace(cfg, rank=about.rank, alpha=about.alpha), dtype)
     return VideoReward(network.to(device), tokenizer, about)
 
 
@@ -180,7 +185,5 @@ def read_tokenizer(path: Path, cfg: VideoRewardCfg) -> Tokenizer:
     wanted = dict(zip((VIDEO, *ASKED), (cfg.tokens.video, *cfg.tokens.scores), strict=True))
     for word, number in wanted.items():
         if tokenizer.token_to_id(word) != number:
-            raise UserError(
-                f"{path} is not VideoReward's: '{word}' is {tokenizer.token_to_id(word)} there and {number} in the network; fetch it again"
-            )
+            raise UserError(f"{path} is not VideoReward's: '{word}' is {tokenizer.token_to_id(word)} there, not {number}; fetch it again")
     return tokenizer
