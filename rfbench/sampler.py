@@ -2,7 +2,7 @@
 
 Chunk by chunk: draw noise, take the steps, hand out the clean chunk, then (only when another chunk is wanted) run the clean
 pass that leaves its keys and values in the cache. A clip without chunks is one chunk of all frames without a cache, which
-is the bidirectional sampler. A clip that is longer than a model's rollouts may be several of them (`rfbench.config.RerollCfg`).
+is the bidirectional sampler. A clip that is longer than a model's rollouts may be several of them (`rfbench.rollouts`).
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, L text tokens, E text width.
 """
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfbench.backbones.base import Backbone, latent_frames, pixel_frames
+from rfbench.backbones.base import Backbone, latent_frames
 from rfbench.backbones.wan.dit import TextKV
 from rfbench.cache import CacheShape, Gradients, KVCache
-from rfbench.config import RerollCfg, SamplerCfg
+from rfbench.config import SamplerCfg
+from rfbench.forcing import force
 from rfbench.rolling import RollingCache, roll
+from rfbench.rollouts import chain
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, wan_grid
 from rfbench.unipc import UniPC
 
@@ -52,13 +54,13 @@ def timesteps(cfg: SamplerCfg) -> tuple[float, ...]:
     """The timesteps that are taken, noisiest first."""
     schedule = Schedule(cfg.shift)
     if isinstance(cfg.steps, int):
-        return wan_grid(cfg.steps, cfg.shift)[0] if cfg.solver == "unipc" else schedule.spaced(cfg.steps)
+        return wan_grid(cfg.steps, cfg.shift)[0] if cfg.solver in ("unipc", "forcing") else schedule.spaced(cfg.steps)
     return schedule.warp(cfg.steps) if cfg.warp else tuple(float(step) for step in cfg.steps)
 
 
 def noise_levels(cfg: SamplerCfg) -> list[float]:
     """Sigma of each timestep that is taken."""
-    if cfg.solver == "unipc":
+    if cfg.solver in ("unipc", "forcing"):
         assert isinstance(cfg.steps, int)
         return list(wan_grid(cfg.steps, cfg.shift)[1])
     steps = timesteps(cfg)
@@ -110,13 +112,16 @@ def stream(
     Raises:
         ValueError: lengths that do not fit the chunk, null text missing or unused, or switches that are out of order or without a cache.
     """
-    length = latents if cfg.chunk is None else cfg.chunk
+    length = cfg.chunk or (1 if cfg.solver == "forcing" else latents)
     if latents % length or (initial_BFCHW is not None and initial_BFCHW.shape[1] % length):
         raise ValueError(f"{latents} latent frames are not whole chunks of {length}")
     if (null_BLE is None) != (cfg.guidance == 1.0):
         raise ValueError("the unconditional prompt is needed exactly when guidance is not 1")
-    if cfg.solver == "rolling" and (initial_BFCHW is not None or switches or exit_step is not None or grad_from is not None or watch is not None):
-        raise ValueError("chunks in a joint window have no beginning, switch, exit or trajectory of their own")
+    joint = cfg.solver in ("rolling", "forcing")
+    if joint and (switches or exit_step is not None or grad_from is not None or watch is not None):
+        raise ValueError("chunks in a joint window have no switch, exit or trajectory of their own")
+    if cfg.solver == "rolling" and initial_BFCHW is not None:
+        raise ValueError("chunks in a joint window that rolls have no beginning of their own")
     if switches and (cfg.cache is None or any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(switches))):
         raise ValueError("prompts switch between chunks, in the order of their frames")
     model = backbone.denoiser
@@ -133,6 +138,12 @@ def stream(
         rolling = RollingCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device)
         rolled = roll(model, texts[0], latents // length, length, noise, steps, sigmas, rolling, tell)
         yield from (Chunk(index, index * length, x0) for index, x0 in enumerate(rolled))
+        return
+    if cfg.solver == "forcing":
+        start = 0
+        for index, x0 in enumerate(force(model, texts, latents, cfg, noise, steps, sigmas, initial_BFCHW, tell)):
+            yield Chunk(index, start, x0)
+            start += x0.shape[1]
         return
     caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
     # One timestep for all clips: a product with a single row rounds otherwise than one with a row per clip.
@@ -218,40 +229,15 @@ def generate(
         later = [(frame, backbone.encode_text(others)) for frame, others in switches]
         noise = clip_noise(backbone, seeds)
 
-        def roll(start: int, length: int, initial_BFCHW: Tensor | None) -> Iterator[Chunk]:
+        def roll(start: int, length: int, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
             turns = [(frame - start, then) for frame, then in later]
-            return stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns)
+            made = stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns)
+            return (chunk.latent_BFCHW for chunk in made)
 
         if cfg.reroll is not None:
-            yield from _rollouts(backbone, latents, cfg.reroll, roll)
-            return
-        decode = backbone.decoder()
-        for chunk in roll(0, latents, None):
-            yield decode(chunk.latent_BFCHW)
-
-
-def _rollouts(backbone: Backbone, latents: int, cfg: RerollCfg, roll: Callable[[int, int, Tensor | None], Iterator[Chunk]]) -> Iterator[Tensor]:
-    """Pixels of a clip of several rollouts: `roll` makes (first latent frame, latent frames, given ones).
-
-    The shared frames are shown as the later rollout decodes them. Its first latent frame is what the encoder makes of the last
-    pixel frame that the earlier one shows of it; the encoder takes that for the first frame of a video, which is a latent of its own.
-    """
-    start, initial = 0, None
-    while True:
-        length = min(cfg.latents, latents - start)
-        hold = pixel_frames(cfg.overlap) if start + length < latents else 0
-        decode = backbone.decoder()
-        pixels: list[Tensor] = []  # held back
-        tail: list[Tensor] = []  # the last latent frames
-        for chunk in roll(start, length, initial):
-            tail = [torch.cat([*tail, chunk.latent_BFCHW], 1)[:, -cfg.overlap :]]
-            shown = torch.cat([*pixels, decode(chunk.latent_BFCHW)], 1)
-            pixels = [shown[:, max(0, shown.shape[1] - hold) :]]
-            yield shown[:, : max(0, shown.shape[1] - hold)]
-        if not hold:
-            return
-        initial = torch.cat([backbone.encode_pixels(pixels[0][:, :1]), tail[0][:, 1:]], 1)
-        start += length - cfg.overlap
+            yield from chain(backbone, latents, cfg.reroll, roll)
+        else:
+            yield from map(backbone.decoder(), roll(0, latents, None))
 
 
 def latent_at(seconds: float, fps: int) -> int:

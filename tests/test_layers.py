@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "registry", "records"},
     {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
-    {"sampler", "rolling", "backbones", "reward", "videoreward", "baselines"},
+    {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines"},
     {"methods", "scorers", "timing"},
     {"stopwatch"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
