@@ -17,6 +17,7 @@ from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.weights import identity, resolve
 
+TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what no video depends on
 RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
 
 
@@ -35,9 +36,8 @@ class Prepared:
         return RANDOM if self.weights is None else identity(self.weights, self.cfg.weights)
 
     def inputs(self) -> dict[str, Any]:
-        """What of a baseline is a declared input of a run. The commit that trained it is not: the weights' hash says more."""
-        plain = strict.as_plain(self.cfg)
-        plain["trained_by"].pop("code", None)
+        """What of a baseline is a declared input of a run: what its videos depend on. The rest is recorded, so that a run outlives a note."""
+        plain = {key: value for key, value in strict.as_plain(self.cfg).items() if key not in TOLD}
         found: dict[str, Any] = {"baseline": plain, "weights_sha256": self.weights_sha256}
         return found | ({"parts": dict(self.parts)} if self.parts else {}) | ({"reduced": True} if self.reduced else {})
 

@@ -72,6 +72,8 @@ def generate(
     rows = directory / (f"clips.{shard.replace('/', 'of')}.jsonl" if shard else "clips.jsonl")
     writer = shard and rows.name.split(".")[1]
     with provenance.session(directory, "generate", f"{ready.name}/{asked.name}", inputs, fresh=fresh, writer=writer) as run:
+        if run.run.recorded.get("baseline") != (told := strict.as_plain(ready.cfg)):
+            run.record(baseline=told)
         kept = _intact(directory, rows, alone=shard is None)
         if run.done and len(kept) < len(items):
             run.reopen()
@@ -79,7 +81,7 @@ def generate(
             if random_weights:
                 run.record(weights=RANDOM)
                 say("weights: random; what is made of them means nothing")
-            run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel(), trained_by=ready.cfg.trained_by)
+            run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel())
             todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
                 for batch in _batches(opened(), ready.cfg.sampler, ready.latents(asked.frames, asked.name), todo):

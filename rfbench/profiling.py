@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import attention, baselines, config, hardware, provenance, records, statistics, strict, timing
-from rfbench.baselines import RANDOM, Prepared
+from rfbench.baselines import RANDOM, TOLD, Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.stopwatch import Worker, beyond
 from rfbench.timing import STEADY, TIMINGS, Round
-
-TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what its speed does not depend on
 
 
 def profile(

@@ -107,7 +107,15 @@ def write_bench(
         "seed": 0,
     }
     run = Run(
-        "generate", f"{name}/{suite}", inputs, records.fingerprint(inputs), RECORDED, status, "2026-01-01T00:00:00Z", "2026-01-01T00:01:00Z", 60.0
+        "generate",
+        f"{name}/{suite}",
+        inputs,
+        records.fingerprint(inputs),
+        RECORDED | {"baseline": inputs["baseline"]},
+        status,
+        "2026-01-01T00:00:00Z",
+        "2026-01-01T00:01:00Z",
+        60.0,
     )
     records.write_run(directory, run)
     return directory

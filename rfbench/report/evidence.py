@@ -103,7 +103,7 @@ def read_bench(directory: Path) -> Bench:
         UserError: not done, no clips, not all clips, or a video that is not what was recorded.
     """
     run = finished(directory, "generate")
-    baseline = build(Baseline, declared(run, "baseline"), where=f"{directory}/run.json baseline")
+    baseline = build(Baseline, run.recorded.get("baseline"), where=f"{directory}/run.json, recorded.baseline")
     suite = declared(run, "suite")
     clips = records.read_clips(directory)
     wanted = len(suite["prompts"]) * suite["samples"] if {"prompts", "samples"} <= suite.keys() else len(clips)
