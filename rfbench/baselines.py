@@ -15,10 +15,10 @@ from rfbench import config, strict
 from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, pixel_frames
 from rfbench.config import Baseline
 from rfbench.errors import UserError
+from rfbench.records import RANDOM
 from rfbench.weights import identity, resolve
 
 TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what no video depends on
-RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import torch
 
 from rfbench import attention, baselines, config, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import Backbone
-from rfbench.baselines import RANDOM, Prepared
+from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.progress import Progress, say
-from rfbench.records import Clip
+from rfbench.records import RANDOM, Clip
 from rfbench.suites import Prompt, Suite, clip_id, clip_seed
 
 TOKENS = 600  # of a pass, all its clips together: 16 clips of a toy chunk take a third of the time of 16 single ones, and more gain nothing

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import attention, baselines, config, hardware, provenance, records, statistics, strict, timing
-from rfbench.baselines import RANDOM, TOLD, Prepared
+from rfbench.baselines import TOLD, Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.progress import Progress
+from rfbench.records import RANDOM
 from rfbench.stopwatch import Worker, beyond
 from rfbench.timing import STEADY, TIMINGS, Round
 

@@ -30,6 +30,7 @@ from rfbench.errors import UserError
 
 SCHEMA = 1
 RUNNING, DONE, FAILED = "running", "done", "failed"
+RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
 
 
 @dataclass(frozen=True)

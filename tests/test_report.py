@@ -593,3 +593,19 @@ def test_page_comes_to_life_in_a_browser(written: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, (written / "index.html").as_uri()], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("<canvas") == 3  # one per contender that has clips
     assert re.search(r'id="prompt"[^>]*>“a red disc”', done.stdout)
+
+
+def test_random_weights_and_an_approximate_decoder_are_said_wherever_the_row_is(root: Path) -> None:
+    for path in (root / "runs" / "bench" / "study").glob("*/*/run.json"):
+        run = records.read_run(path.parent)
+        if "teacher" in run.name:
+            inputs = run.inputs | {"weights_sha256": "random"}
+            run = dataclasses.replace(run, inputs=inputs, fingerprint=records.fingerprint(inputs))
+        else:
+            run = dataclasses.replace(run, recorded=run.recorded | {"baseline": run.recorded["baseline"] | {"decoder": "tiny"}})
+        records.write_run(path.parent, run)
+    page = report.report([], study=str(root / "study.yaml"), out=root / "out")
+    for text in (page.read_text(), (root / "out" / "README.md").read_text()):
+        assert "teacher: its weights are random, so its scores mean nothing" in text
+        assert "student: its pixels come from the tiny decoder" in text
+        assert "teacher: its pixels" not in text and "student: its weights" not in text

@@ -131,6 +131,7 @@ def limits(board: Board, findings: Sequence[Finding]) -> list[str]:
             found.append(
                 f"“{finding.claim.text}” is open: a true difference of {size} in {label(finding.claim.metric)} would be found four times in five."
             )
+    found += [f"{row.name}: {caveat}." for row in board.rows for caveat in row.caveats]
     for row in board.rows:
         if row.saw:
             found.append(

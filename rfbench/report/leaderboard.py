@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import config, records, statistics, timing
-from rfbench.config import Baseline, Contender, Reported, Study
+from rfbench.config import Contender, Reported, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.records import RANDOM
 from rfbench.report import evidence
 from rfbench.report.evidence import Bench, Scores, Timed, Training
 from rfbench.scorers.base import Metric
@@ -26,6 +27,10 @@ from rfbench.timing import TIMINGS, Key
 
 NUMBER, NOT_RUN, INCOMPLETE, LEFT_OUT = "number", "not run", "incomplete", "not asked for"
 BOARD = "profile"  # stands for all contenders where a problem is with the run that times them in turn
+
+
+RANDOM_WEIGHTS = "its weights are random, so its scores mean nothing"
+TINY_DECODER = "its pixels come from the tiny decoder, so its scores and the times that count decoding are approximate"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Row:
     title: str = ""
     saw: tuple[str, ...] = ()
     reported: tuple[Reported, ...] = ()
+    caveats: tuple[str, ...] = ()  # why its numbers are not what its name promises
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,7 @@ def _read(
                 if there := tuple(timed[run] for run in row.runs if run in timed):
                     timings[row.name, machine] = timings.get((row.name, machine), ()) + there
     _same_conditions(benches, scores, problems, strict=strict)
-    rows = tuple(_described(row, [bench.baseline for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
+    rows = tuple(_described(row, [bench for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
     columns, metrics = _columns(suites, scores, hardware, timings)
     cells = {}
     for row in rows:
@@ -246,13 +252,15 @@ def _read(
     return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
 
 
-def _described(row: Row, baselines: Sequence[Baseline]) -> Row:
+def _described(row: Row, benches: Sequence[Bench]) -> Row:
     """A row with what its baseline files say."""
-    if not baselines:
+    if not benches:
         return row
-    first = baselines[0]
+    first = benches[0].baseline
+    caveats = [RANDOM_WEIGHTS] if any(bench.weights_sha256 == RANDOM for bench in benches) else []
+    caveats += [TINY_DECODER] if any(bench.baseline.decoder == "tiny" for bench in benches) else []
     seeds = row.seeds or ((int(first.trained_by["seed"]),) if "seed" in first.trained_by else ())
-    return dataclasses.replace(row, title=first.title, saw=first.saw, reported=first.reported, seeds=seeds)
+    return dataclasses.replace(row, title=first.title, saw=first.saw, reported=first.reported, seeds=seeds, caveats=tuple(caveats))
 
 
 def _same_conditions(benches: dict[Any, Bench], scores: dict[Any, tuple[Scores, ...]], problems: Problems, *, strict: bool) -> None:

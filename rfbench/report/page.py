@@ -44,7 +44,14 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
     drawn = plots.page_plots(board)
     plot_sections = [(id_, *SECTIONS[id_], found) for id_, found in drawn.items() if found]
     rows = [
-        {"number": i, "name": row.name, "title": row.title, "note": row.note, "saw": ", ".join(row.saw), "seeds": len(row.seeds)}
+        {
+            "number": i,
+            "name": row.name,
+            "title": row.title,
+            "note": row.note,
+            "saw": ", ".join(row.saw),
+            "seeds": len(row.seeds),
+        }
         for i, row in enumerate(board.rows)
     ]
     return template.render(

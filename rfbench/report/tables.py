@@ -194,7 +194,8 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
             if timed
             else "95 % interval, prompts (and training seeds, where there are several) resampled"
         )
-        parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.\n")
+        caveats = "".join(f" {in_markdown(row.name)}: {caveat}." for row in board.rows for caveat in row.caveats)
+        parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.{caveats}\n")
     parts.append("## Again\n\n```\n" + "\n".join(commands) + "\n```\n")
     return "\n".join(parts)
 
