@@ -38,7 +38,7 @@ def pixels() -> Tensor:
 @torch.no_grad()
 def test_streamed_pixels_are_those_of_decoding_at_once(autoencoder: toy.Autoencoder, sizes: list[int]) -> None:
     """Bit for bit, for any chunks: their borders leave no trace."""
-    latents = torch.randn(2, sum(sizes), 16, 6, 8, generator=torch.Generator().manual_seed(len(sizes)))
+    latents = torch.randn(2, sum(sizes), toy.CHANNELS, 6, 8, generator=torch.Generator().manual_seed(len(sizes)))
     decode, at_once = toy.ToyDecoder(autoencoder), toy.ToyDecoder(autoencoder)(latents)
     parts = [decode(part) for part in latents.split(sizes, dim=1)]
     assert [part.shape[1] for part in parts] == [4 * size - (number == 0) * 3 for number, size in enumerate(sizes)]
@@ -72,7 +72,7 @@ def test_clips_come_back_almost_as_they_were(autoencoder: toy.Autoencoder, pixel
 @torch.no_grad()
 def test_a_latent_holds_four_frames_and_the_first_latent_one(autoencoder: toy.Autoencoder, pixels: Tensor) -> None:
     latents = autoencoder.encode(pixels)
-    assert latents.shape == (2, 8, 16, 6, 8)
+    assert latents.shape == (2, 8, toy.CHANNELS, 6, 8)
     for frame in (0, 1, 4, 5, 28):
         changed = pixels.clone()
         changed[:, frame] += 0.5
@@ -145,7 +145,7 @@ def test_fresh_weights_come_from_the_seed_and_predict_nothing_yet(monkeypatch: p
         states.append(backbone.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     with torch.no_grad():
-        x = torch.randn(1, 2, 16, 6, 8)
+        x = torch.randn(1, 2, toy.CHANNELS, 6, 8)
         assert not backbone.denoiser(x, torch.full((1, 1), 500.0), backbone.encode_text(["a red disc"])).any()
     before = {name: tensor.clone() for name, tensor in states[1].items()}
     backbone.fresh(6)

@@ -25,7 +25,7 @@ from rfbench.config import WeightsCfg
 from rfbench.weights import load_into
 
 PATCH = 8
-CHANNELS = 16
+CHANNELS = 8  # more show finer edges, but a model this narrow then spends itself on passing their noise through
 TEXT_LEN, TEXT_DIM = 12, 64
 DIT = DiTCfg(dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=TEXT_DIM, text_len=TEXT_LEN, in_dim=CHANNELS, out_dim=CHANNELS, freq_dim=64)
 SHAPE = VideoShape(CHANNELS, world.HEIGHT // PATCH, world.WIDTH // PATCH, world.HEIGHT, world.WIDTH, world.FPS)
