@@ -211,7 +211,15 @@ def report(
 
 @app.command()
 def fetch(
-    baseline: BaselineName,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASELINE|SCORER",
+            help="Name or YAML file.",
+            autocompletion=_completes(lambda: [*config.names_of(Baseline), *_scorers()]),
+            show_default=False,
+        ),
+    ],
     mirror: Annotated[
         Path | None, typer.Option("--mirror", metavar="DIR", help="Take DIR/<owner>/<repository>/<file>, not the network.", show_default=False)
     ] = None,
@@ -219,10 +227,11 @@ def fetch(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Weights of a baseline and what its backbone needs; sizes and licences are shown first."""
+    """Weights of a baseline and what its backbone needs, or those of a scorer; sizes and licences are shown first."""
     from rfbench import fetch as verb
 
-    paths = [str(path) for path in verb.fetch(verb.items_of(config.load(Baseline, baseline)), mirror=mirror, yes=yes, dry_run=dry_run)]
+    items = verb.items_of_scorer(name) if name in _scorers() else verb.items_of(config.load(Baseline, name))
+    paths = [str(path) for path in verb.fetch(items, mirror=mirror, yes=yes, dry_run=dry_run)]
     for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
         print(line)
 

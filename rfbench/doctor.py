@@ -134,7 +134,11 @@ def _scorers() -> Iterator[Check]:
     from rfbench.registry import pick
     from rfbench.scorers.base import SCORERS
 
-    yield from _each("scorer", list(SCORERS), lambda name: f"{len(pick(SCORERS, name, what='scorer').metrics)} metrics")
+    def found(name: str) -> str:
+        scorer = pick(SCORERS, name, what="scorer")
+        return f"{len(scorer.metrics)} metrics, version {scorer.version}"  # the version of a network is that of its weights
+
+    yield from _each("scorer", list(SCORERS), found)
 
 
 def _baselines() -> Iterator[Check]:

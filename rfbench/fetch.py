@@ -1,4 +1,4 @@
-"""`rfbench fetch`: what a baseline needs from elsewhere, brought into the weights directory and checked.
+"""`rfbench fetch`: what a baseline or a scorer needs from elsewhere, brought into the weights directory and checked.
 
     <weights>/<owner>/<repository>/<file>
 
@@ -101,6 +101,13 @@ def items_of(cfg: Baseline) -> list[Item]:
     adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
     parts = open_backbone(cfg.backbone, decoder=cfg.decoder).parts()
     return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
+
+
+def items_of_scorer(name: str) -> list[Item]:
+    """What a scorer needs from elsewhere; most need nothing."""
+    from rfbench.videoreward.model import FILES, REPOSITORY
+
+    return [Item(REPOSITORY, file) for file in FILES] if name == "videoreward" else []
 
 
 def _items(licence: str | None, *wanted: WeightsCfg | None) -> list[Item]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from rfbench import evaluate, records, world
+from rfbench import cli, doctor, evaluate, records, world
 from rfbench.config import RewardCfg
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
@@ -366,15 +366,25 @@ def test_the_two_ways_to_show_a_clip() -> None:
 # The files
 
 
-def test_a_missing_file_comes_with_the_command_that_brings_it(tmp_path: Path, published: Path) -> None:
+def test_a_missing_file_comes_with_the_command_that_brings_it(tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fake_runs.write_bench(tmp_path, "student", "short", ["a red disc"])
-    with pytest.raises(
-        UserError, match=r"VideoReward/model_config\.json is missing; `hf download KwaiVGI/VideoReward --local-dir .*` brings it"
-    ) as caught:
+    sentence = r"VideoReward/model_config\.json is missing; `rfbench fetch videoreward` brings it"
+    with pytest.raises(UserError, match=sentence) as caught:
         evaluate.evaluate(run, ["videoreward"])
     assert caught.value.code == 2
-    with pytest.raises(UserError, match=r"model_config\.json is missing"):
+    with pytest.raises(UserError, match=sentence):
         reward_of(RewardCfg("videoreward_mq", beta=0.5), 16)
+    checks = {check.name: check for check in doctor._scorers()}
+    assert checks["scorer videoreward"].state == "missing" and "rfbench fetch" in checks["scorer videoreward"].found
+    assert checks["scorer motion"].state == "ok"
+    mirror = tmp_path / "mirror" / model.REPOSITORY
+    mirror.parent.mkdir(parents=True)
+    mirror.symlink_to(published)
+    monkeypatch.setattr("sys.argv", ["rfbench", "fetch", "videoreward", "--mirror", str(tmp_path / "mirror"), "--yes"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert [path.read_bytes() for path in model.files()] == [(published / file).read_bytes() for file in model.FILES]
 
 
 def test_the_settings_are_read(published: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = "KwaiVGI/VideoReward"
 ABOUT, WEIGHTS, TOKENIZER = "model_config.json", "checkpoint-11352/model.pth", "checkpoint-11352/tokenizer/tokenizer.json"
+FILES = (ABOUT, WEIGHTS, TOKENIZER)
 AXES = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment
 ASKED = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 VIDEO = "<|video_pad|>"
@@ -113,9 +114,9 @@ def files(where: Path | None = None) -> tuple[Path, ...]:
         UserError: one of them is missing.
     """
     where = where or config.settings().weights / REPOSITORY
-    found = tuple(where / file for file in (ABOUT, WEIGHTS, TOKENIZER))
+    found = tuple(where / file for file in FILES)
     if missing := [path for path in found if not path.is_file()]:
-        raise UserError(f"VideoReward: {missing[0]} is missing; `hf download {REPOSITORY} --local-dir {where}` brings it")
+        raise UserError(f"VideoReward: {missing[0]} is missing; `rfbench fetch videoreward` brings it")
     return found
 
 
