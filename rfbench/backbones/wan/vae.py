@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,21 +163,21 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half as many rows and columns, or (`up`) twice as many with half the channels; if it is `temporal`, frames as well.
+    """Half as many rows and columns, or (`up`) twice as many; if it is `temporal`, frames as well.
 
     The first frame of a stream stays one frame. Going down, it is the past of the second; going up, the second begins after zeros.
     """
 
-    def __init__(self, dim: int, *, up: bool, temporal: bool) -> None:
+    def __init__(self, inner: int, outer: int, *, up: bool, temporal: bool) -> None:
         super().__init__()
         self.up = up
         if up:
-            self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(inner, outer, 3, padding=1))
         else:
-            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(inner, outer, 3, stride=2))
         self.time_conv = None
         if temporal:
-            self.time_conv = causal_conv(dim, 2 * dim, (3, 1, 1)) if up else causal_conv(dim, dim, (3, 1, 1), stride=2)
+            self.time_conv = causal_conv(inner, 2 * inner, (3, 1, 1)) if up else causal_conv(outer, outer, (3, 1, 1), stride=2)
 
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
         if self.up:
@@ -240,7 +240,7 @@ def encoder(cfg: VAECfg) -> Network:
     for number, times in enumerate(cfg.dim_mult):
         layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks, 0.5**number)
         if number < len(cfg.dim_mult) - 1:
-            layers.append(Resample(width, up=False, temporal=cfg.temporal_downsample[number]))
+            layers.append(Resample(width, width, up=False, temporal=cfg.temporal_downsample[number]))
     return Network((3, cfg.dim, width, 2 * cfg.z_dim), downsamples=layers, middle=middle(width))
 
 
@@ -252,7 +252,7 @@ def decoder(cfg: VAECfg) -> Network:
     for number, times in enumerate(reversed(cfg.dim_mult)):
         layers += level(cfg, width, width := cfg.dim * times, cfg.num_res_blocks + 1, 0.5 ** (last - 1 - number))
         if number < last:
-            layers.append(Resample(width, up=True, temporal=cfg.temporal_downsample[last - 1 - number]))
+            layers.append(Resample(width, width // 2, up=True, temporal=cfg.temporal_downsample[last - 1 - number]))
             width //= 2
     return Network((cfg.z_dim, first, width, 3), middle=middle(first), upsamples=layers)
 
@@ -277,9 +277,45 @@ class WanVAE(nn.Module):
             tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
         load_into(self, tensors, where=where)
 
-    def latent_scale(self) -> Tensor:
-        """Mean and standard deviation of the latent channels, where the weights are, but in float32 whatever they are in: [2, C]."""
-        return torch.tensor((self.cfg.mean, self.cfg.std), dtype=torch.float32, device=self.conv2.weight.device)
+    def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
+        return pointwise(self.conv1, self.encoder(pixel_BTHWC, past))[..., : self.cfg.z_dim]
+
+    def decode(self, z_BFHWC: Tensor, past: Past) -> Tensor:
+        pixel_BTHWC: Tensor = self.decoder(pointwise(self.conv2, z_BFHWC), past)
+        return pixel_BTHWC
+
+
+class Sizes(Protocol):
+    """What streams ask of an autoencoder's configuration."""
+
+    @property
+    def z_dim(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+class Autoencoder(Protocol):
+    """`WanVAE`, or `rfbench.backbones.wan.vae22.WanVAE22`: the weights that a stream runs through."""
+
+    conv2: nn.Conv3d
+
+    @property
+    def cfg(self) -> Sizes: ...
+
+    def encode(self, pixel_BTHWC: Tensor, past: Past, /) -> Tensor:
+        """Means of the latents [B, F, H, W, C] that the stream's next pixel frames make."""
+
+    def decode(self, z_BFHWC: Tensor, past: Past, /) -> Tensor:
+        """Pixels [B, T, H, W, 3] that the stream's next latent frames make."""
+
+
+def latent_scale(vae: Autoencoder) -> Tensor:
+    """Mean and standard deviation of the latent channels, where the weights are, but in float32 whatever they are in: [2, C]."""
+    return torch.tensor((vae.cfg.mean, vae.cfg.std), dtype=torch.float32, device=vae.conv2.weight.device)
 
 
 class WanDecoder:
@@ -287,30 +323,27 @@ class WanDecoder:
 
     approximate = False
 
-    def __init__(self, vae: WanVAE) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         self.vae = vae
         self.past: Past = {}
-        self.mean, self.std = vae.latent_scale()
+        self.mean, self.std = latent_scale(vae)
 
     @torch.no_grad()
     def __call__(self, latent_BFCHW: Tensor) -> Tensor:
         """Pixels [B, T, 3, H, W] of the next frames' normalised latents, in float32 within [-1, 1], whatever the dtype of the weights."""
         z_BFHWC = latent_BFCHW.float().permute(0, 1, 3, 4, 2) * self.std + self.mean
-        parts = [self._decode(part) for part in z_BFHWC.to(self.vae.conv2.weight.dtype).split(AT_ONCE, dim=1)]
-        return torch.cat(parts, dim=1).permute(0, 1, 4, 2, 3)
-
-    def _decode(self, z_BFHWC: Tensor) -> Tensor:
-        pixel_BTHWC: Tensor = self.vae.decoder(pointwise(self.vae.conv2, z_BFHWC), self.past)
-        return pixel_BTHWC.float().clamp_(-1, 1)
+        parts = z_BFHWC.to(self.vae.conv2.weight.dtype).split(AT_ONCE, dim=1)
+        pixels = [self.vae.decode(part, self.past).float().clamp_(-1, 1) for part in parts]
+        return torch.cat(pixels, dim=1).permute(0, 1, 4, 2, 3)
 
 
 class WanEncoder:
     """Streaming state of a batch of clips being encoded, without gradients: the past, and pixel frames that do not fill a latent frame yet."""
 
-    def __init__(self, vae: WanVAE) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         self.vae = vae
         self.past: Past = {}
-        self.mean, self.std = vae.latent_scale()
+        self.mean, self.std = latent_scale(vae)
         self.waiting_BTHWC: Tensor | None = None
 
     @torch.no_grad()
@@ -326,7 +359,7 @@ class WanEncoder:
         height, width = pixel_BTCHW.shape[-2:]
         if height % cfg.patch or width % cfg.patch:
             raise UserError(f"video of {width} x {height} pixels cannot be encoded: both must be multiples of {cfg.patch}; crop or resize it")
-        x_BTHWC = pixel_BTCHW.permute(0, 1, 3, 4, 2).to(self.vae.conv1.weight.dtype)
+        x_BTHWC = pixel_BTCHW.permute(0, 1, 3, 4, 2).to(self.vae.conv2.weight.dtype)
         if self.waiting_BTHWC is not None:
             x_BTHWC = torch.cat([self.waiting_BTHWC, x_BTHWC], dim=1)
         ahead = 0 if self.past else TEMPORAL - 1  # frames that the first group lacks
@@ -336,12 +369,8 @@ class WanEncoder:
             return pixel_BTCHW.new_empty(len(x_BTHWC), 0, cfg.z_dim, height // cfg.patch, width // cfg.patch, dtype=torch.float32)
         step = AT_ONCE * TEMPORAL
         parts = x_BTHWC[:, :ready].tensor_split(tuple(range(step - ahead, ready, step)), dim=1)
-        mean_BFHWC = torch.cat([self._encode(part) for part in parts], dim=1)
+        mean_BFHWC = torch.cat([self.vae.encode(part, self.past).float() for part in parts], dim=1)
         return ((mean_BFHWC - self.mean) / self.std).permute(0, 1, 4, 2, 3).contiguous()
-
-    def _encode(self, x_BTHWC: Tensor) -> Tensor:
-        moments = pointwise(self.vae.conv1, self.vae.encoder(x_BTHWC, self.past))
-        return moments[..., : self.vae.cfg.z_dim].float()
 
 
 def diffusers_names(cfg: VAECfg) -> dict[str, str]:
@@ -349,14 +378,19 @@ def diffusers_names(cfg: VAECfg) -> dict[str, str]:
     assert not cfg.attn_scales, "diffusers' decoder has attention at the smallest resolution alone"
     with torch.device("meta"):
         originals = WanVAE(cfg).state_dict()
-    return {name: _diffusers_name(name, cfg.num_res_blocks + 1) for name in originals}
+    return {name: diffusers_name(_grouped(name, cfg.num_res_blocks + 1)) for name in originals}
 
 
-def _diffusers_name(name: str, blocks: int) -> str:
+def _grouped(name: str, blocks: int) -> str:
     """diffusers groups the decoder's layers by resolution, `blocks` of them and a resampling each, and leaves the encoder's in one row."""
     if found := re.match(r"decoder\.upsamples\.(\d+)\.", name):
         group, layer = divmod(int(found[1]), blocks + 1)
-        name = f"decoder.up_blocks.{group}.{'upsamplers.0' if layer == blocks else f'resnets.{layer}'}.{name[found.end() :]}"
+        return f"decoder.up_blocks.{group}.{'upsamplers.0' if layer == blocks else f'resnets.{layer}'}.{name[found.end() :]}"
+    return name
+
+
+def diffusers_name(name: str) -> str:
+    """An original name in diffusers' words, part by part (`DIFFUSERS`)."""
     for original, theirs in DIFFUSERS:
         name = re.sub(original, theirs, name)
     return name
