@@ -82,6 +82,7 @@ class SamplerCfg:
     solver: Literal["renoise", "euler", "unipc", "rolling", "forcing"] = "renoise"
     lag: int | None = None  # forcing, exactly when `chunk` is given
     causal: bool = False  # forcing with chunks: none sees those after it
+    first_state: Literal["kept", "overwritten"] = "kept"  # forcing: what the solver's first correction starts from; the releases overwrite it
     guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
     negative: str = ""  # prompt of the unconditional pass
     context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498); forcing: on given frames
@@ -91,8 +92,8 @@ class SamplerCfg:
     def __post_init__(self) -> None:
         if self.solver == "forcing":
             self._check_forcing()
-        elif self.lag is not None or self.causal:
-            raise UserError(f"solver '{self.solver}' does not use 'lag' and 'causal'; leave them out")
+        elif self.lag is not None or self.causal or self.first_state != "kept":
+            raise UserError(f"solver '{self.solver}' does not use 'lag', 'causal' and 'first_state'; leave them out")
         elif (self.chunk is None) != (self.cache is None):
             raise UserError("a sampler has a cache exactly when it has a chunk: give both, or neither for the bidirectional sampler")
         if isinstance(self.steps, int) and not self.warp:

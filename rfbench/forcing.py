@@ -4,7 +4,9 @@ Without chunks all frames go in step. With chunks each one runs some steps behin
 what is already less noisy, and it leaves as soon as it is clean. Given frames that a clip goes on from are in every pass too,
 with a little fresh noise each time, and the network is told how much. There is no cache: every pass is over all frames.
 Source of the semantics: SkyReels-V2 (arXiv:2504.13074), SkyworkAI/SkyReels-V2@abed76f, re-implemented. As released, chunks see
-each other both ways; in diffusers a chunk sees none after it (`causal`).
+each other both ways; in diffusers a chunk sees none after it (`causal`). In both the solver remembers the state that a frame's
+first step starts from as a view of the latents, which that step then overwrites; so the first correction starts from the state
+that it is to correct (`first_state: overwritten`). Later steps remember corrected states, which are tensors of their own.
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns.
 """
@@ -80,6 +82,8 @@ def force(
             if not 0 <= number < len(steps):
                 continue
             work[place] = solvers[place].step(work[place], part)
+            if number == 0 and cfg.first_state == "overwritten":
+                solvers[place].before = work[place]
             if number == len(steps) - 1:
                 tell("denoised")
                 yield work[place]
