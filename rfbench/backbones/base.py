@@ -23,6 +23,7 @@ BACKBONES: dict[str, str] = {
     "toy": "rfbench.backbones.toy:ToyBackbone",
     "wan2.1-1.3b": "rfbench.backbones.wan.backbone:wan_1_3b",
     "wan2.1-14b": "rfbench.backbones.wan.backbone:wan_14b",
+    "skyreels-v2-df-1.3b": "rfbench.backbones.wan.backbone:skyreels_df_1_3b",
 }
 TEMPORAL = 4  # pixel frames per latent frame, but the first, which is one
 

@@ -70,6 +70,7 @@ class Member:
 
 WAN_1_3B = Member(DiTCfg(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096))
 WAN_14B = Member(DiTCfg(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096))
+SKYREELS_DF_1_3B = Member(replace(WAN_1_3B.dit, fps=24), height=544, width=960, fps=24)
 # The same architecture at a size that a laptop runs in seconds, for random weights: what is made of it means nothing.
 REDUCED = Member(
     DiTCfg(dim=96, ffn_dim=192, num_heads=2, num_layers=2, text_dim=64, text_len=32, freq_dim=64),
@@ -94,7 +95,7 @@ class WanBackbone(nn.Module):
 
     def __init__(self, member: Member, *, precision: Precision, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
         super().__init__()
-        member = REDUCED if reduced else member
+        member = replace(REDUCED, dit=replace(REDUCED.dit, fps=member.dit.fps), fps=member.fps) if reduced else member
         self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed"))
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.vae_dtype = torch.float32 if precision == "mixed" else self.dtype
@@ -194,3 +195,7 @@ def wan_1_3b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny
 
 def wan_14b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
     return WanBackbone(WAN_14B, precision=precision, decoder=decoder, reduced=reduced)
+
+
+def skyreels_df_1_3b(*, precision: Precision = "mixed", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+    return WanBackbone(SKYREELS_DF_1_3B, precision=precision, decoder=decoder, reduced=reduced)
