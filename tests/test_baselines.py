@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rfbench import baselines, config, strict
+from rfbench.backbones.base import open_backbone, pixel_frames
 from rfbench.config import Baseline, LoraCfg, Reported, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.sampler import timesteps
@@ -61,6 +62,21 @@ def test_the_sampler_is_the_systems_own(name: str) -> None:
     assert found.max_latents == (1024 if rope == "absolute" and cfg.reroll is None else None)  # the authors' table of absolute positions ends there
 
 
+def test_skyreels_is_run_as_its_readme_recommends() -> None:
+    """--ar_step 0, --base_num_frames 97, --overlap_history 17, --addnoise_condition 20, and the network of Wan2.1 1.3B with five tensors more."""
+    found = WAN["wan/skyreels-v2-df-1.3b"]
+    cfg = found.sampler
+    assert (cfg.steps, cfg.shift, cfg.guidance, cfg.solver, cfg.cache, cfg.causal) == (50, 8.0, 6.0, "forcing", None, False)
+    assert cfg.negative == WAN["wan/wan2.1-1.3b"].sampler.negative and cfg.first_state == "overwritten"
+    assert cfg.reroll is not None and found.max_latents is None
+    assert (pixel_frames(cfg.reroll.latents), pixel_frames(cfg.reroll.overlap), cfg.reroll.anew) == (97, 17, "all")
+    assert 1000 * cfg.context_noise == 20
+    backbone = open_backbone(found.backbone, precision=found.precision)
+    shape = backbone.shape
+    assert (shape.pixel_height, shape.pixel_width, shape.fps, shape.height, shape.width) == (544, 960, 24, 68, 120)
+    assert len(backbone.denoiser.state_dict()) == 830 and backbone.denoiser.cfg.fps == 24
+
+
 def differences(left: Any, right: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
     if isinstance(left, dict) and isinstance(right, dict):
         return {where: pair for key in left for where, pair in differences(left[key], right[key], f"{at}.{key}".strip(".")).items()}
@@ -72,6 +88,7 @@ def differences(left: Any, right: Any, at: str = "") -> dict[str, tuple[Any, Any
     [
         ("reward-forcing", "reward-forcing-fp32", {"sampler.cache.fold_dtype": ("bfloat16", "float32")}),
         ("longlive-1.0", "longlive-1.0-infinity", {"sampler.cache.rope": ("absolute", "relative"), "max_latents": (1024, None)}),
+        ("skyreels-v2-df-1.3b", "skyreels-v2-df-1.3b-async", {"sampler.chunk": (None, 5), "sampler.lag": (None, 5)}),
         ("self-forcing", "self-forcing-gan", {"weights.file": ("checkpoints/self_forcing_dmd.pt", "checkpoints/self_forcing_gan.pt")}),
     ],
 )
@@ -138,6 +155,7 @@ def test_a_row_says_who_measured_what(name: str) -> None:
         ("wan2.1-14b", "vbench.total", {83.69, 83.7}),
         ("reward-forcing", "fps", {23.1, 13.7}),
         ("longlive-1.0", "fps", {20.7, 24.8, 18.16, 8.4}),
+        ("skyreels-v2-df-1.3b", "vbench.total", {83.9, 82.67}),
         ("infinite-forcing", "vbench.total", set()),
     ],
 )
