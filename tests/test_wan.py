@@ -17,8 +17,10 @@ from rfbench import baselines
 from rfbench import generate as verb
 from rfbench.backbones.base import load, open_backbone
 from rfbench.backbones.wan import backbone as wan
+from rfbench.backbones.wan.dit import WanDiT
 from rfbench.backbones.wan.text import key_map
 from rfbench.backbones.wan.vae import WanDecoder, WanEncoder
+from rfbench.backbones.wan.vae22 import WanVAE22
 from rfbench.config import CacheCfg, SamplerCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.sampler import generate, stream, timesteps
@@ -149,6 +151,33 @@ def test_random_weights_run_from_the_command_line_to_a_video(files, tmp_path, ca
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
     assert len(frames) == 33 and frames[0].shape == (64, 96, 3) and frames[0].std() > 1
     assert "weights: random" in capsys.readouterr().err
+
+
+def test_the_generation_of_2_2_has_its_sizes_and_its_own_autoencoder():
+    """3072 wide with 30 layers, 48 latent channels; 4 x 16 x 16 pixels per latent; text encoder and tokenizer are those of 2.1."""
+    made = open_backbone("wan2.2-5b")
+    tensors = made.denoiser.state_dict()
+    assert len(tensors) == 825 and sum(tensor.numel() for tensor in tensors.values()) == 4_999_787_712
+    with torch.device("meta"):
+        smaller = WanDiT(wan.WAN_1_3B.dit)
+    assert list(smaller.state_dict()) == list(tensors)
+    shape = made.shape
+    assert (shape.channels, shape.height, shape.width, shape.pixel_height, shape.pixel_width, shape.fps) == (48, 44, 80, 704, 1280, 24)
+    parts, others = made.parts(), open_backbone("wan2.1-1.3b").parts()
+    assert parts["vae"].file == "Wan2.2_VAE.pth" and parts["vae"].repo == "Wan-AI/Wan2.2-TI2V-5B"
+    assert {role: part for role, part in parts.items() if role != "vae"} == {role: part for role, part in others.items() if role != "vae"}
+    with pytest.raises(UserError, match=r"backbone 'wan2\.2-5b' does not use 'decoder'"):
+        open_backbone("wan2.2-5b", decoder="tiny")
+
+
+def test_pixels_of_2_2_go_through_its_own_autoencoder():
+    made = open_backbone("wan2.2-5b", reduced=True, precision="float32")
+    made.fresh(0)
+    assert isinstance(made, wan.WanBackbone) and isinstance(made.vae, WanVAE22)
+    pixels = made.decoder()(normal(1, 3, 48, 4, 6))
+    assert pixels.shape == (1, 9, 3, 64, 96)
+    assert torch.equal(made.encode_pixels(pixels), WanEncoder(made.vae)(pixels))
+    assert made.encode_pixels(pixels).shape == (1, 3, 48, 4, 6)
 
 
 def test_other_words_give_another_embedding_and_padding_is_zero():

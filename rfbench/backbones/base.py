@@ -24,6 +24,7 @@ BACKBONES: dict[str, str] = {
     "wan2.1-1.3b": "rfbench.backbones.wan.backbone:wan_1_3b",
     "wan2.1-14b": "rfbench.backbones.wan.backbone:wan_14b",
     "skyreels-v2-df-1.3b": "rfbench.backbones.wan.backbone:skyreels_df_1_3b",
+    "wan2.2-5b": "rfbench.backbones.wan.backbone:wan22_5b",
 }
 TEMPORAL = 4  # pixel frames per latent frame, but the first, which is one
 

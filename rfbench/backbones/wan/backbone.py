@@ -1,6 +1,6 @@
-"""The Wan2.1 family as backbones: one DiT, one video autoencoder, one text encoder, at the sizes that were published.
+"""The Wan family as backbones: one DiT, the autoencoders of Wan2.1 and Wan2.2, one text encoder, at the sizes that were published.
 
-A baseline names the DiT's weights; autoencoder, text encoder and tokenizer are the same for all and are named here (`parts`).
+A baseline names the DiT's weights; autoencoder, text encoder and tokenizer are the same for all of a generation and are named here (`parts`).
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, T pixel frames, L text tokens, E text width.
 """
@@ -24,11 +24,12 @@ from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
 from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
+from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22
 from rfbench.config import WeightsCfg
 from rfbench.weights import load_into, read_tensors
 
 REPO, REVISION = "Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a"
-TEXT = WeightsCfg(
+TEXT = WeightsCfg(  # the same bytes lie in Wan-AI/Wan2.2-TI2V-5B, and so does the tokenizer: nobody downloads them twice
     file="models_t5_umt5-xxl-enc-bf16.pth",
     repo=REPO,
     revision=REVISION,
@@ -48,6 +49,13 @@ VAE = WeightsCfg(
     bytes=507609880,
     sha256="38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
 )
+VAE22 = WeightsCfg(
+    file="Wan2.2_VAE.pth",
+    repo="Wan-AI/Wan2.2-TI2V-5B",
+    revision="921dbaf3f1674a56f47e83fb80a34bac8a8f203e",
+    bytes=2818839170,
+    sha256="20eb789667fa5e60e7516bf509512f6cb61f01b0aa0695eadaea930c13892b36",
+)
 TINY = WeightsCfg(file="taew2_1.pth")  # github.com/madebyollin/taehv; no hub repository of its authors, no published hash
 
 Precision = Literal["float32", "bfloat16", "mixed"]
@@ -61,7 +69,7 @@ class Member:
     """Sizes of one member of the family; `height` and `width` in pixels."""
 
     dit: DiTCfg
-    vae: VAECfg = WAN_VAE
+    vae: VAECfg | VAE22Cfg = WAN_VAE
     text: UMT5Cfg = UMT5_XXL
     height: int = 480
     width: int = 832
@@ -71,7 +79,9 @@ class Member:
 WAN_1_3B = Member(DiTCfg(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096))
 WAN_14B = Member(DiTCfg(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096))
 SKYREELS_DF_1_3B = Member(replace(WAN_1_3B.dit, fps=24), height=544, width=960, fps=24)
-# The same architecture at a size that a laptop runs in seconds, for random weights: what is made of it means nothing.
+WAN_5B = Member(
+    DiTCfg(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, text_dim=4096, in_dim=48, out_dim=48), VAE22Cfg(), height=704, width=1280, fps=24
+)
 REDUCED = Member(
     DiTCfg(dim=96, ffn_dim=192, num_heads=2, num_layers=2, text_dim=64, text_len=32, freq_dim=64),
     VAECfg(dim=8),
@@ -79,6 +89,12 @@ REDUCED = Member(
     height=64,
     width=96,
 )
+
+
+def smaller(member: Member) -> Member:
+    """A member's architecture at a size that a laptop runs in seconds, for random weights: what is made of it means nothing."""
+    dit = replace(REDUCED.dit, in_dim=member.dit.in_dim, out_dim=member.dit.out_dim, fps=member.dit.fps)
+    return replace(REDUCED, dit=dit, vae=VAE22Cfg(dim=8, decoder_dim=8) if isinstance(member.vae, VAE22Cfg) else REDUCED.vae, fps=member.fps)
 
 
 class TextEncoder(Protocol):
@@ -95,7 +111,7 @@ class WanBackbone(nn.Module):
 
     def __init__(self, member: Member, *, precision: Precision, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
         super().__init__()
-        member = replace(REDUCED, dit=replace(REDUCED.dit, fps=member.dit.fps), fps=member.fps) if reduced else member
+        member = smaller(member) if reduced else member
         self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed"))
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.vae_dtype = torch.float32 if precision == "mixed" else self.dtype
@@ -103,13 +119,13 @@ class WanBackbone(nn.Module):
         self.shape = VideoShape(member.dit.in_dim, rows, columns, member.height, member.width, member.fps)
         with torch.device("meta"):
             self.denoiser = WanDiT(self.member.dit)
-            self.vae = WanVAE(member.vae)
+            self.vae: WanVAE | WanVAE22 = WanVAE22(member.vae) if isinstance(member.vae, VAE22Cfg) else WanVAE(member.vae)
             self.tiny = TinyVAE(member.dit.in_dim) if decoder == "tiny" else None
         self.text: TextEncoder | None = None
 
     def parts(self) -> dict[str, WeightsCfg]:
         """Files beside the denoiser's: what `load` wants to be told the places of."""
-        return {"text": TEXT, "tokenizer": TOKENIZER, "vae": VAE} | ({"tiny": TINY} if self.tiny is not None else {})
+        return {"text": TEXT, "tokenizer": TOKENIZER, "vae": self._vae_file} | ({"tiny": TINY} if self.tiny is not None else {})
 
     def load(self, tensors: Mapping[str, Tensor], where: Any, parts: Mapping[str, Path]) -> None:
         """Take all weights, strictly.
@@ -119,7 +135,7 @@ class WanBackbone(nn.Module):
         """
         self._store()
         load_into(self.denoiser, tensors, where=where)
-        self.vae.load(read_tensors(parts["vae"], VAE), parts["vae"])
+        self.vae.load(read_tensors(parts["vae"], self._vae_file), parts["vae"])
         if self.tiny is not None:
             self.tiny.load(read_tensors(parts["tiny"], TINY), parts["tiny"])
         cache = config.settings().weights / "embeddings"
@@ -150,6 +166,10 @@ class WanBackbone(nn.Module):
 
     def decoder(self) -> Decoder:
         return WanDecoder(self.vae) if self.tiny is None else TinyDecoder(self.tiny)
+
+    @property
+    def _vae_file(self) -> WeightsCfg:
+        return VAE22 if isinstance(self.vae, WanVAE22) else VAE
 
     @property
     def _device(self) -> torch.device:
@@ -199,3 +219,7 @@ def wan_14b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"
 
 def skyreels_df_1_3b(*, precision: Precision = "mixed", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
     return WanBackbone(SKYREELS_DF_1_3B, precision=precision, decoder=decoder, reduced=reduced)
+
+
+def wan22_5b(*, precision: Precision = "bfloat16", reduced: bool = False) -> WanBackbone:
+    return WanBackbone(WAN_5B, precision=precision, decoder="vae", reduced=reduced)
