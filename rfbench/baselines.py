@@ -35,6 +35,11 @@ class Prepared:
     def weights_sha256(self) -> str:
         return RANDOM if self.weights is None else identity(self.weights, self.cfg.weights)
 
+    @functools.cached_property
+    def fps(self) -> int:
+        """Pixel frames per second of what it makes."""
+        return open_backbone(self.cfg.backbone, **_settings(self.cfg, self.reduced)).shape.fps
+
     def inputs(self) -> dict[str, Any]:
         """What of a baseline is a declared input of a run: what its videos depend on. The rest is recorded, so that a run outlives a note."""
         plain = {key: value for key, value in strict.as_plain(self.cfg).items() if key not in TOLD}

@@ -58,13 +58,14 @@ def generate(
     if random_weights:
         ready = dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}")
     asked = suites.load_suite(suite, limit)
-    ready.latents(asked.frames, f"suite '{asked.name}'")
+    frames = asked.frames_at(ready.fps)
+    latents = ready.latents(frames, f"suite '{asked.name}'")
     items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
     mine = items if shard is None else suites.shard(items, shard)
     directory = config.settings().runs / "bench" / ready.name / asked.name
     inputs = ready.inputs() | {"suite": strict.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
     if dry_run:
-        say(f"{len(mine)} clips of {asked.frames} frames, {len(records.read_clips(directory))} rows are there")
+        say(f"{len(mine)} clips of {frames} frames, {len(records.read_clips(directory))} rows are there")
         return directory
     opened = functools.cache(lambda: _open(ready, asked))
     if fresh or not _is_done(directory, inputs):
@@ -84,8 +85,8 @@ def generate(
             run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel())
             todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
-                for batch in _batches(opened(), ready.cfg.sampler, ready.latents(asked.frames, asked.name), todo):
-                    for clip in _make(opened(), ready, asked, batch, directory):
+                for batch in _batches(opened(), ready.cfg.sampler, latents, todo):
+                    for clip in _make(opened(), ready.cfg.sampler, asked, batch, latents, directory):
                         append(clip)
                     progress.advance(len(batch))
             made = _intact(directory, rows, alone=shard is None)
@@ -118,8 +119,6 @@ def _is_done(directory: Path, inputs: dict[str, object]) -> bool:
 def _open(ready: Prepared, asked: Suite) -> Backbone:
     """The model, once it is clear that it can make what the suite asks for."""
     backbone = ready.open()
-    if asked.fps != backbone.shape.fps:
-        raise UserError(f"suite '{asked.name}' is at {asked.fps} frames per second, but backbone '{ready.cfg.backbone}' makes {backbone.shape.fps}")
     for prompt in asked.prompts:
         try:
             backbone.encode_text([_given(prompt)])
@@ -168,18 +167,18 @@ def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[I
     return (todo[start : start + size] for start in range(0, len(todo), size))
 
 
-def _make(backbone: Backbone, ready: Prepared, asked: Suite, batch: Sequence[Item], directory: Path) -> Iterator[Clip]:
+def _make(backbone: Backbone, cfg: SamplerCfg, asked: Suite, batch: Sequence[Item], latents: int, directory: Path) -> Iterator[Clip]:
     """Make a batch of clips; their rows, once all their videos are there."""
     ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
     seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
     files = [f"videos/{clip}.mp4" for clip in ids]
-    latents = ready.latents(asked.frames, asked.name)
+    fps, frames = backbone.shape.fps, asked.frames_at(backbone.shape.fps)
     prompts = [_given(prompt) for prompt, _ in batch]
-    _film(backbone, ready.cfg.sampler, prompts, seeds, latents, asked.frames, asked.fps, [directory / file for file in files])
+    _film(backbone, cfg, prompts, seeds, latents, frames, fps, [directory / file for file in files])
     size = (backbone.shape.pixel_height, backbone.shape.pixel_width)
     for (prompt, sample), clip, seed, file in zip(batch, ids, seeds, files, strict=True):
         sha256 = records.sha256_of(directory / file)
-        yield Clip(clip, prompt.id, sample, prompt.text, _given(prompt), seed, asked.frames, asked.fps, *size, file, sha256)
+        yield Clip(clip, prompt.id, sample, prompt.text, _given(prompt), seed, frames, fps, *size, file, sha256)
 
 
 def _film(

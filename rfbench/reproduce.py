@@ -191,7 +191,8 @@ def _baseline_of(cfg: Recipe) -> Baseline:
 def _checked(member: Member) -> Member:
     """The same, if it can make clips as long as its suites ask for."""
     for suite in member.suites.values():
-        Prepared(member.name, member.cfg, None).latents(suite.frames, f"suite '{suite.name}'")
+        ready = Prepared(member.name, member.cfg, None)
+        ready.latents(suite.frames_at(ready.fps), f"suite '{suite.name}'")
     return member
 
 

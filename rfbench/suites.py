@@ -52,7 +52,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Suite:
-    """A list of clips to make: `samples` of each prompt, `frames` pixel frames long at `fps`, seeded by `seed`."""
+    """A list of clips to make: `samples` of each prompt, seeded by `seed`, as long as `frames` pixel frames at `fps`."""
 
     name: str
     frames: int
@@ -60,6 +60,10 @@ class Suite:
     seed: int
     samples: int
     prompts: tuple[Prompt, ...]
+
+    def frames_at(self, fps: int) -> int:
+        """Pixel frames of a model that makes `fps` of them per second: the time from the first to the last is the suite's, or a little more."""
+        return 1 + -(-(self.frames - 1) * fps // self.fps)
 
 
 SUITES = {

@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -184,10 +185,14 @@ def test_a_prompt_that_the_model_cannot_read_is_refused_before_there_is_anything
     assert not (folders / "runs").exists()
 
 
-def test_a_suite_at_another_frame_rate_is_refused(student, tmp_path, folders):
-    with pytest.raises(UserError, match="suite 'fast' is at 24 frames per second, but backbone 'toy' makes 16"):
-        generate.generate(student, write_suite(tmp_path, "fast", fps=24))
-    assert not (folders / "runs").exists()
+@pytest.mark.parametrize(("frames", "fps", "wanted"), [(13, 24, 9), (12, 24, 9), (5, 8, 9), (9, 16, 9)])
+def test_a_suite_at_another_frame_rate_is_made_as_long_at_the_models_own(student, tmp_path, folders, frames, fps, wanted):
+    directory = generate.generate(student, write_suite(tmp_path, "fast", fps=fps, frames=frames, samples=1), limit=1)
+    (clip,) = records.read_clips(directory)
+    assert (clip.frames, clip.fps) == (wanted, 16)
+    assert (frames - 1) / fps <= (wanted - 1) / 16 < (frames - 1) / fps + 1 / 16
+    with av.open(str(directory / clip.file)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == wanted and video.streams.video[0].average_rate == 16
 
 
 def test_another_request_in_the_same_directory_is_refused_unless_fresh(student, suite):
