@@ -10,7 +10,7 @@ import pytest
 
 from rfbench import baselines, config, strict
 from rfbench.backbones.base import open_backbone, pixel_frames
-from rfbench.config import Baseline, LoraCfg, Reported, WeightsCfg
+from rfbench.config import Baseline, CacheCfg, LoraCfg, Reported, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.sampler import timesteps
 
@@ -75,6 +75,18 @@ def test_skyreels_is_run_as_its_readme_recommends() -> None:
     shape = backbone.shape
     assert (shape.pixel_height, shape.pixel_width, shape.fps, shape.height, shape.width) == (544, 960, 24, 68, 120)
     assert len(backbone.denoiser.state_dict()) == 830 and backbone.denoiser.cfg.fps == 24
+
+
+def test_longlive_2_is_run_as_its_configuration_says() -> None:
+    """configs/inference.yaml of NVlabs/LongLive@7860ad9: 4 steps of UniPC on each 8 latents, of which 32 are seen, the first 8 always."""
+    found = WAN["wan/longlive-2.0-5b"]
+    cfg = found.sampler
+    assert (cfg.chunk, cfg.solver, cfg.shift, cfg.guidance, cfg.context_noise, found.precision) == (8, "unipc", 5.0, 1.0, 0.0, None)
+    assert timesteps(cfg) == (999, 937, 833, 624)  # of Wan's own grid: cut to integers, and the first is not 1000
+    assert cfg.cache == CacheCfg("static_sink", window=32, sink=8, rope="absolute")
+    shape = open_backbone(found.backbone).shape
+    assert (shape.channels, shape.height, shape.width, shape.fps) == (48, 44, 80, 24)
+    assert baselines.prepare("longlive-2.0-5b", random_weights=True).latents(509, "a clip of 21 s") == 128 <= (found.max_latents or 0)
 
 
 def differences(left: Any, right: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
@@ -156,6 +168,8 @@ def test_a_row_says_who_measured_what(name: str) -> None:
         ("reward-forcing", "fps", {23.1, 13.7}),
         ("longlive-1.0", "fps", {20.7, 24.8, 18.16, 8.4}),
         ("skyreels-v2-df-1.3b", "vbench.total", {83.9, 82.67}),
+        ("longlive-2.0-5b", "vbench.total", {85.06}),
+        ("longlive-2.0-5b", "fps", {24.8, 14.1}),
         ("infinite-forcing", "vbench.total", set()),
     ],
 )

@@ -180,6 +180,17 @@ def test_pixels_of_2_2_go_through_its_own_autoencoder():
     assert made.encode_pixels(pixels).shape == (1, 3, 48, 4, 6)
 
 
+def test_random_weights_of_2_2_make_a_video_at_its_own_frame_rate(files, tmp_path):
+    """The suite's 2 s are 49 frames at 24 per second; they take two chunks of 8 latents."""
+    directory = verb.generate("longlive-2.0-5b", "smoke", limit=1, random_weights=True)
+    run = json.loads((directory / "run.json").read_text())
+    assert run["status"] == "done" and run["recorded"]["weights"] == "random"
+    with av.open(str(directory / "videos/0000-0.mp4")) as video:
+        assert video.streams.video[0].average_rate == 24
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 49 and frames[0].shape == (64, 96, 3) and frames[0].std() > 1
+
+
 def test_other_words_give_another_embedding_and_padding_is_zero():
     made = reduced(precision="float32")
     one, two, again = made.encode_text(["a red kite", "a blue kite", "a red kite"])
