@@ -49,26 +49,26 @@ class Draws:
 
 def library(cfg: SamplerCfg, latents: int, monkeypatch: pytest.MonkeyPatch, *, rollout: int, overlap: int | None = None) -> Tensor:
     """What the pipeline makes: [B, F, C, H, W]. Its noise is drawn for the frames that it makes, since it overwrites that of the given ones."""
-    from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel, UniPCMultistepScheduler
-
+    diffusers: Any = importlib.import_module("diffusers")
     tiny, draws = model(), Draws()
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 3, "out_channels": 3, "text_dim": 8, "freq_dim": 16, "ffn_dim": 48}
-    network = SkyReelsV2Transformer3DModel(**sizes, num_layers=2, inject_sample_info=True)
+    network = diffusers.SkyReelsV2Transformer3DModel(**sizes, num_layers=2, inject_sample_info=True)
     network.load_state_dict({layouts.to_diffusers(name): tensor for name, tensor in tiny.denoiser.state_dict().items()})
+    set_timesteps = diffusers.UniPCMultistepScheduler.set_timesteps
 
-    class Scheduler(UniPCMultistepScheduler):  # on the grid of the authors' code
-        def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **more: Any) -> None:
-            super().set_timesteps(device=device, sigmas=np.array(noise_levels(cfg)))
+    def on_our_grid(scheduler: Any, steps: int, device: Any = None) -> None:  # which is that of the authors' code
+        assert steps == cfg.steps
+        set_timesteps(scheduler, device=device, sigmas=np.array(noise_levels(cfg)))
 
     def first_noise(shape: tuple[int, ...], **options: Any) -> Tensor:
         held = 0 if draws.count == 0 else overlap or 0
         return torch.cat([torch.zeros(1, 3, held, 4, 6), draws.channels_first(shape[2] - held)], 2)
 
-    module = importlib.import_module(SkyReelsV2DiffusionForcingPipeline.__module__)
-    monkeypatch.setattr(module, "randn_tensor", first_noise)
+    monkeypatch.setattr(diffusers.UniPCMultistepScheduler, "set_timesteps", on_our_grid)
+    monkeypatch.setattr(importlib.import_module(diffusers.SkyReelsV2DiffusionForcingPipeline.__module__), "randn_tensor", first_noise)
     monkeypatch.setattr(torch, "randn_like", lambda x, **options: draws.channels_first(x.shape[2]))
-    scheduler = Scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-    pipeline = SkyReelsV2DiffusionForcingPipeline(tokenizer=None, text_encoder=None, transformer=network, vae=None, scheduler=scheduler)
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    pipeline = diffusers.SkyReelsV2DiffusionForcingPipeline(tokenizer=None, text_encoder=None, transformer=network, vae=None, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         prompt=None,
