@@ -128,9 +128,10 @@ def in_turn(
 
 
 def possible(ready: Prepared, chunks: int) -> int:
-    """How many of the wanted chunks can be timed: 0 without chunks, no more than one rollout has; some more than are timed have to be made."""
+    """How many of the wanted chunks can be timed: 0 without chunks or where a whole clip of them is in work at once, no more than one
+    rollout has; some more than are timed have to be made."""
     sampler = ready.cfg.sampler
-    if sampler.chunk is None:
+    if sampler.chunk is None or sampler.solver == "forcing":
         return 0
     longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
     return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])

@@ -251,6 +251,16 @@ def test_a_bidirectional_model_has_only_whole_clips(tmp_path):
     assert one.cold_start_s is not None and one.cold_start_s > 1e9  # since 1970
 
 
+def test_a_model_with_all_frames_in_work_has_only_whole_clips(tmp_path):
+    """Three chunks of 8 latent frames, one step apart: 81 frames are 21 of the 24, and the last chunk is cut."""
+    staggered = {"steps": 3, "shift": 5.0, "solver": "forcing", "chunk": 8, "lag": 1, "guidance": 2.0}
+    ready = baselines.prepare(models.write(tmp_path, "staggered", sampler=staggered))
+    assert profiling.possible(ready, 20) == 0
+    one = stopwatch.take(stopwatch.warm(ready, 0, 0.0), 0)
+    assert one.stream == () and [chunk.frames for chunk in one.clip] == [29, 32, 20]
+    assert [chunk.cached is None for chunk in one.clip] == [False, False, True]
+
+
 def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
     reroll = models.STUDENT | {"reroll": {"latents": 21, "overlap": 3}}
     for more, wanted in (({}, 40), ({"max_latents": 24}, 7), ({"sampler": reroll}, 6), ({"sampler": reroll, "max_latents": 12}, 3)):
