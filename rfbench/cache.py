@@ -39,13 +39,13 @@ def window(held: int, new: int, *, size: int) -> Plan:
     return static_sink(held, new, size=size, sink=0)
 
 
-def static_sink(held: int, new: int, *, size: int, sink: int) -> Plan:
-    """The first `sink` frames stay for good; of the others, the latest that fit into `size` beside them and the new ones."""
+def static_sink(held: int, new: int, *, size: int, sink: int, stay: tuple[int, ...] = ()) -> Plan:
+    """The first `sink` frames and those in `stay` are kept; of the others, the latest that fit into `size` beside them and the new ones."""
+    free = [slot for slot in range(sink, held) if slot not in stay]
     over = max(0, held + new - size)
-    if over > held - min(sink, held):
-        raise ValueError(f"a window of {size} frames with a sink of {sink} has no room for {new} new ones")
-    start = min(sink, held)
-    return Plan((*range(start), *range(start + over, held)))
+    if over > len(free):
+        raise ValueError(f"a window of {size} frames with a sink of {sink + len(stay)} has no room for {new} new ones")
+    return Plan(tuple(slot for slot in range(held) if slot not in free[:over]))
 
 
 def ema_sink(held: int, new: int, *, size: int, sink: int, mismatch: str = "average") -> Plan:
@@ -65,9 +65,9 @@ def ema_sink(held: int, new: int, *, size: int, sink: int, mismatch: str = "aver
 POLICIES: dict[str, Callable[..., Plan]] = {"full": full, "window": window, "static_sink": static_sink, "ema_sink": ema_sink}
 
 
-def plan(cfg: CacheCfg, held: int, new: int) -> Plan:
-    """The plan of the configured policy."""
-    settings = {"size": cfg.window, "sink": cfg.sink, "mismatch": cfg.mismatch if cfg.policy == "ema_sink" else None}
+def plan(cfg: CacheCfg, held: int, new: int, stay: tuple[int, ...] = ()) -> Plan:
+    """The plan of the configured policy; `stay` are slots beside the sink's that a shot keeps."""
+    settings = {"size": cfg.window, "sink": cfg.sink, "mismatch": cfg.mismatch if cfg.policy == "ema_sink" else None, "stay": stay or None}
     return POLICIES[cfg.policy](held, new, **{name: value for name, value in settings.items() if value is not None})
 
 
@@ -122,14 +122,23 @@ class KVCache:
         self.traces: dict[int, list[tuple[Tensor, Tensor]]] = {}  # "in_place": physical slot -> per layer, K and V under autograd, K as in `raw`
         self.chunk = 0  # frames of the chunk in work
         self.frames = 0  # frames that ever began
+        self.shot: int | None = None  # frame that the shot began with; None: the clip's first shot, whose sink is the clip's
+        self.offset = 0  # frames by which positions are ahead of numbers
 
-    def begin(self, frames: int) -> None:
+    def begin(self, frames: int, *, cut: bool = False) -> None:
         """Make room for a chunk of `frames` frames: evict, fold, renumber.
+
+        With `cut` the chunk begins a shot (`shot_offset`): from then on positions are further ahead, and once the chunk is past, its
+        first frames stay in place of those of the shot before, beside the clip's own sink (arXiv:2605.18739, NVlabs/LongLive@7860ad9).
 
         Raises:
             ValueError: the chunk does not fit into the window, or a `full` cache is longer than the clip it was made for.
         """
-        step = plan(self.cfg, len(self.held), frames)
+        shot = range(0) if self.shot is None else range(self.shot, self.shot + (self.cfg.sink or 0))
+        step = plan(self.cfg, len(self.held), frames, tuple(slot for slot, number in enumerate(self.numbers) if number in shot))
+        if cut:
+            assert self.cfg.shot_offset is not None
+            self.shot, self.offset = self.frames, self.offset + self.cfg.shot_offset
         if step.fold:
             assert self.cfg.alpha is not None
             self._merge(step.fold, self.cfg.alpha)
@@ -184,7 +193,7 @@ class KVCache:
         return queries, self.rotated[layer][:, :used], self.values[layer][:, :used]
 
     def _rotation(self, first: int, last: int, device: torch.device) -> Tensor:
-        positions = tuple(range(first, last)) if self.cfg.rope == "relative" else tuple(self.numbers[first:last])
+        positions = tuple(range(first, last)) if self.cfg.rope == "relative" else tuple(number + self.offset for number in self.numbers[first:last])
         return rotations(positions, self.shape.height, self.shape.width, self.shape.head_dim, device)
 
     def _rotate(self, kept: int) -> None:

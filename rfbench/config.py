@@ -29,6 +29,7 @@ class CacheCfg:
     fold_dtype: Literal["float32", "bfloat16"] | None = None  # ema_sink: the dtype that the average is kept in (D-4, D-38)
     rope: Literal["absolute", "relative"] = "relative"
     mismatch: Literal["average", "overwrite"] = "average"  # ema_sink, more or fewer frames leave than the sink has: the release overwrites (D-12)
+    shot_offset: int | None = None  # static_sink: a switched prompt begins a shot, so many frames further, whose first frames are a sink too
     empty_sink: Literal["ignored", "attended"] = "ignored"  # sink slots that no frame has reached yet; the release attends to their zeros (D-37)
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class CacheCfg:
             raise UserError(f"cache policy '{self.policy}' does not use 'mismatch'")
         if self.empty_sink != "ignored" and (not self.sink or self.rope == "absolute"):
             raise UserError("cache 'empty_sink' is about a sink under rope 'relative'; leave it out")
+        if self.shot_offset is not None and (self.policy != "static_sink" or self.rope != "absolute" or self.shot_offset < 0):
+            raise UserError("cache 'shot_offset' is a number of frames, for policy 'static_sink' with rope 'absolute'; leave it out")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"cache alpha is {self.alpha}; it is a share between 0 and 1")
 
@@ -104,6 +107,12 @@ class SamplerCfg:
             raise UserError("a 'negative' prompt is not used without guidance; set 'guidance', or leave it out")
         if self.cache is not None and self.cache.empty_sink == "attended" and (self.chunk or 0) >= (self.cache.sink or 0):
             raise UserError("cache 'empty_sink' changes nothing where a chunk fills the sink; leave it out")
+        if (
+            self.cache is not None
+            and self.cache.shot_offset is not None
+            and (self.cache.window or 0) < 2 * (self.cache.sink or 0) + (self.chunk or 0)
+        ):
+            raise UserError("cache 'shot_offset' needs a 'window' for two sinks and a chunk")
         if self.solver == "rolling":
             self._check_rolling()
         if self.reroll is not None and not self._rerolls(self.reroll):

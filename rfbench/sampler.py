@@ -99,7 +99,8 @@ def stream(
         initial_BFCHW: given frames that the clip goes on from, whole chunks; they are handed out first.
         switches: (latent frame, prompt embeddings) in order: chunks that start there or later follow these prompts. At a switch
             the clean passes of the cached frames are run again, chunk by chunk, with the new text; the sink's keys and values
-            stay as they are (LongLive's KV recache, arXiv:2509.22622, NVlabs/LongLive v1.0).
+            stay as they are (LongLive's KV recache, arXiv:2509.22622, NVlabs/LongLive v1.0). With the cache's `shot_offset`
+            nothing is run again, and a shot begins (`KVCache.begin`).
         exit_step: training: stop every chunk at this step (0-based) instead of the last.
         grad_from: training: record gradients in the exit step of chunks that start at or after this frame.
         cache_gradients: training: whether cached keys and values carry gradients, see `KVCache` (D-34).
@@ -133,6 +134,7 @@ def stream(
     batch, device = len(text_BLE), text_BLE.device
     shape = cache_shape(backbone, batch, latents)
     tell = mark or (lambda event: None)
+    shots = cfg.cache is not None and cfg.cache.shot_offset is not None
     if cfg.solver == "rolling":
         assert cfg.cache is not None
         rolling = RollingCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device)
@@ -166,6 +168,8 @@ def stream(
         given[0] = text_BLE
         with torch.no_grad():
             texts[0] = model.text_kv(text_BLE)
+            if shots:
+                return
             for chunk, numbers in itertools.groupby(caches[0].rewind(), key=lambda number: number // length):
                 again = [number - chunk * length for number in numbers]
                 caches[0].begin(len(again))
@@ -179,7 +183,7 @@ def stream(
             due = due[len(ready) :]
             switch(ready[-1])
         for cache in caches:
-            cache.begin(length)
+            cache.begin(length, cut=shots and bool(ready) and start > 0)
         if initial_BFCHW is not None and start < initial_BFCHW.shape[1]:
             x0 = initial_BFCHW[:, start : start + length]
         else:
@@ -204,7 +208,7 @@ def stream(
         if start + length < latents:
             clean = add_noise(x0.detach(), noise(length), at(cfg.context_noise)) if cfg.context_noise else x0.detach()
             flow(clean, 0.0)
-            if due:
+            if due and not shots:
                 cached = {number // length for number in caches[0].numbers}
                 context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}
             tell("cached")

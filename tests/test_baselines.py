@@ -83,7 +83,7 @@ def test_longlive_2_is_run_as_its_configuration_says() -> None:
     cfg = found.sampler
     assert (cfg.chunk, cfg.solver, cfg.shift, cfg.guidance, cfg.context_noise, found.precision) == (8, "unipc", 5.0, 1.0, 0.0, None)
     assert timesteps(cfg) == (999, 937, 833, 624)  # of Wan's own grid: cut to integers, and the first is not 1000
-    assert cfg.cache == CacheCfg("static_sink", window=32, sink=8, rope="absolute")
+    assert cfg.cache == CacheCfg("static_sink", window=32, sink=8, rope="absolute", shot_offset=8)
     shape = open_backbone(found.backbone).shape
     assert (shape.channels, shape.height, shape.width, shape.fps) == (48, 44, 80, 24)
     assert baselines.prepare("longlive-2.0-5b", random_weights=True).latents(509, "a clip of 21 s") == 128 <= (found.max_latents or 0)
