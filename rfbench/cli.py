@@ -116,8 +116,8 @@ def generate(
     """Make every clip of a suite with a baseline."""
     from rfbench import generate as verb
 
-    asked = {"limit": limit, "shard": shard, "random_weights": random_weights, "fresh": fresh, "dry_run": dry_run}
-    _print_path(verb.generate(baseline, suite, fields or [], name=name, **asked), as_json)
+    how = {"random_weights": random_weights, "fresh": fresh, "dry_run": dry_run}
+    _print_path(verb.generate(baseline, suite, fields or [], name=name, limit=limit, shard=shard, **how), as_json)
 
 
 @app.command()
