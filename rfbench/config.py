@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rfbench.errors import UserError, did_you_mean
+from rfbench.learning import EmaCfg as EmaCfg
+from rfbench.learning import OptimCfg as OptimCfg
+from rfbench.learning import Precision as Precision
+from rfbench.learning import PrecisionCfg as PrecisionCfg
+from rfbench.learning import PromptsCfg as PromptsCfg
+from rfbench.learning import RewardCfg as RewardCfg
+from rfbench.learning import SamplesCfg as SamplesCfg
 from rfbench.strict import build, load_plain
 
 HOME = Path(__file__).resolve().parent.parent  # the checkout: recipes/ and baselines/ lie beside the package
@@ -200,7 +207,7 @@ class Baseline:
     weights: WeightsCfg
     sampler: SamplerCfg
     license: License
-    precision: Literal["float32", "bfloat16", "mixed"] | None = None  # of the network; null is the backbone's own
+    precision: Precision | None = None  # of the network; null is the backbone's own
     decoder: Literal["vae", "tiny"] | None = None  # tiny: approximate, and every number that it was part of is marked
     paper: str | None = None
     code: str | None = None  # the authors': GitHub repository@commit
@@ -208,26 +215,6 @@ class Baseline:
     saw: tuple[str, ...] = ()  # metrics that were optimised in training
     trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
     reported: tuple[Reported, ...] = ()
-
-
-@dataclass(frozen=True)
-class OptimCfg:
-    """The optimiser and its schedule. `muon` orthogonalises the updates of the transformer blocks' matrices, at AdamW's step
-    size, and leaves everything else to AdamW."""
-
-    lr: float
-    kind: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 10.0  # gradient norm
-    warmup: int = 0  # steps of linear warm-up
-    cosine: bool = False  # decay to zero over the run
-
-
-@dataclass(frozen=True)
-class EmaCfg:
-    decay: float
-    start: int = 0  # first step that is averaged
 
 
 @dataclass(frozen=True)
@@ -239,6 +226,9 @@ class ScoreCfg:
     generator_every: int  # critic steps for one generator step
     critic_optim: OptimCfg
     score_shift: float  # sigma table of the score models (D-33: the release has 8 beside a critic loss at 5)
+    teacher_backbone: str | None = None  # null: the student's; another one needs `critic`
+    critic: WeightsCfg | None = None  # what the critic starts from, on the student's backbone; null: the teacher's weights
+    rollouts: Literal["shared", "separate"] = "shared"  # whether student and critic learn from one rollout, or from one each as in the releases
     t_min: int = 20
     t_max: int = 980
     negative: str = ""  # prompt of the teacher's unconditional score
@@ -247,31 +237,27 @@ class ScoreCfg:
 
 
 @dataclass(frozen=True)
-class RewardCfg:
-    """Weight exp(reward / beta) of each sample's distribution matching gradient (Re-DMD)."""
-
-    name: str
-    beta: float
-    clip: float | None = None  # largest weight
-    input: Literal["correct", "as_released"] | None = None  # videoreward_mq: what it is shown; null is correct (D-5, D-6, D-7)
-    fps: float | None = None  # videoreward_mq: frames per second that it is shown; null is its own 2
-
-    def __post_init__(self) -> None:
-        if self.name != "videoreward_mq" and (self.input is not None or self.fps is not None):
-            raise UserError(f"reward '{self.name}' does not use 'input' and 'fps'; leave them out")
-        if self.fps is not None and (self.input == "as_released" or not self.fps > 0):
-            raise UserError("reward 'fps' is a positive rate, and input 'as_released' has no use for it: it is every frame")
-
-
-@dataclass(frozen=True)
 class DataCfg:
     """What training reads. `clips` for flow matching, `pairs` for ODE regression, prompts alone for DMD."""
 
+    prompts: PromptsCfg | None = None  # null: sentences of the toy world
     clips: int | None = None
     pairs: int | None = None
     pair_sampler: SamplerCfg | None = None  # how the teacher solves the ODE that the pairs lie on
     seed: int = 0
     drop_caption: float | None = None  # share of clips whose caption is dropped, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class RolloutCfg:
+    """In what a release's training rollouts are not what its sampler does; null is as the sampler."""
+
+    cache: CacheCfg | None = None  # D-3: the released training never folds anything into the sink
+    context_noise: float | None = None  # D-32
+
+    def __post_init__(self) -> None:
+        if self.cache is None and self.context_noise is None:
+            raise UserError("'rollout' says nothing; give 'cache' or 'context_noise', or leave it out")
 
 
 @dataclass(frozen=True)
@@ -289,10 +275,15 @@ class Recipe:
     sampler: SamplerCfg  # that the trained model will be run with
     seed: int = 0
     accumulate: int = 1  # micro-batches that `batch` is split into
+    stepping: Literal["once", "as_released"] = "once"  # as_released: a step is one micro-batch, after which the optimisers step, some twice (D-1)
+    precision: PrecisionCfg | None = None
+    checkpointing: bool = False  # compute activations anew in the backward pass, block by block, and do not keep them
     init: WeightsCfg | None = None
     scores: ScoreCfg | None = None
     reward: RewardCfg | None = None
+    rollout: RolloutCfg | None = None
     ema: EmaCfg | None = None
+    samples: SamplesCfg | None = None
     max_latents: int | None = None  # goes into the baseline that the recipe writes
     log_every: int = 10
     checkpoint_every: int = 100

@@ -5,8 +5,10 @@ Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, S
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rfbench import world
+from rfbench.errors import UserError
 
 
 class ClipDraws(Protocol):
@@ -46,9 +49,38 @@ def draw_clips(encode: Callable[[Tensor], Tensor], *, seed: int, count: int, fra
     return ClipStore(torch.cat(latents), tuple(str(caption) for caption in captions))
 
 
+Prompts = Callable[[Sequence[int]], list[str]]  # one training prompt per clip seed
+
+
 def draw_prompts(seeds: Sequence[int]) -> list[str]:
-    """One training caption per clip seed."""
+    """A sentence of the toy world per clip seed."""
     return [str(world.draw_caption(np.random.default_rng(seed))) for seed in seeds]
+
+
+def prompts_of(file: Path | None) -> Prompts:
+    """Where training prompts come from: a file's lines, each as likely as any other, or the toy world without one."""
+    if file is None:
+        return draw_prompts
+    lines = read_prompts(file)
+    return lambda seeds: [lines[int(np.random.default_rng(seed).integers(len(lines)))] for seed in seeds]
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a .txt or .jsonl file, one per line.
+
+    Raises:
+        UserError: it is neither, or a line holds no prompt.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: training prompts are a .txt or a .jsonl file")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() if path.suffix == ".txt" else json.loads(line)["prompt"].strip() for line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold one prompt per line ({str(error)[:120]})") from None
+    if not all(prompts) or not prompts:
+        raise UserError(f"{path}: line {prompts.index('') + 1 if prompts else 1} is empty; every line is a training prompt")
+    return tuple(prompts)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfbench import baselines, config, evaluate, generate, profiling, records, report, strict, suites, train
+from rfbench import baselines, config, evaluate, generate, profiling, recipes, records, report, strict, suites, train
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, Contender, License, ProfileCfg, Recipe, Study, WeightsCfg
 from rfbench.errors import UserError, did_you_mean
@@ -142,9 +142,9 @@ def _training(name: str, contender: Contender, seed: int, of_study: Collection[s
     path = config.find(Recipe, contender.recipe)
     overrides = (*_overrides(contender), f"seed={seed}")
     cfg = strict.build(Recipe, strict.load_plain(path, overrides, Recipe), where=f"training {name}")
-    train.check(cfg)
+    recipes.check(cfg)
     after = []
-    for weights in train.roles(cfg).values():
+    for weights in recipes.roles(cfg).values():
         run = weights.file.removeprefix(RUN)
         if run in of_study and run != weights.file:
             after.append(run)

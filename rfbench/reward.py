@@ -6,6 +6,7 @@ Shapes: B batch, T pixel frames, H and W pixel rows and columns.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rfbench import world
 from rfbench.config import RewardCfg
+from rfbench.errors import UserError
 from rfbench.registry import pick
 
 if TYPE_CHECKING:
@@ -38,12 +40,30 @@ def reward_of(cfg: RewardCfg, video_fps: float) -> Reward:
     Raises:
         UserError: there is no such reward; its weights are missing or not its own.
     """
+    if ":" in cfg.name:
+        return own(cfg.name)
     found: Reward = pick(REWARDS, cfg.name, what="reward")
     if cfg.name != "videoreward_mq":
         return found
     from rfbench.videoreward.model import load
 
     return functools.partial(videoreward_mq, judge=load(), video_fps=video_fps, input=cfg.input or "correct", fps=cfg.fps)
+
+
+def own(name: str) -> Reward:
+    """The function that `module:function` names.
+
+    Raises:
+        UserError: there is no such module, or no such function in it.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found: Reward = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward '{name}' can't be imported ({error}); its folder has to be on PYTHONPATH") from None
+    if not callable(found):
+        raise UserError(f"reward '{name}' is not a function")
+    return found
 
 
 def videoreward_mq(
@@ -78,7 +98,7 @@ def centres(pixel_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
     height, width = weight.shape[-2:]
     phases = []
     for marginal, size in ((weight.sum(2), width), (weight.sum(3), height)):
-        angle = 2 * math.pi * torch.arange(size, dtype=weight.dtype) / size
+        angle = 2 * math.pi * torch.arange(size, dtype=weight.dtype, device=weight.device) / size
         phases.append(torch.atan2((marginal * angle.sin()).sum(-1), (marginal * angle.cos()).sum(-1)) * size / (2 * math.pi))
     return torch.stack(phases, -1), weight.sum((2, 3)) / 0.6
 
@@ -92,8 +112,8 @@ def toy_motion(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
     having no weight at all, as the published reward's range of about -2 to 2 does. The prompt does not matter, as with its
     motion quality.
     """
-    xy, area = centres(pixel_BTCHW)
-    size = torch.tensor([pixel_BTCHW.shape[-1], pixel_BTCHW.shape[-2]], dtype=xy.dtype)
+    xy, area = centres(pixel_BTCHW.float())
+    size = torch.tensor([pixel_BTCHW.shape[-1], pixel_BTCHW.shape[-2]], dtype=xy.dtype, device=xy.device)
     step = torch.remainder(xy.diff(dim=1) + size / 2, size) - size / 2
     spans = step.unfold(1, min(SPAN, step.shape[1]), 1)  # [B, spans, 2, SPAN]
     gained, gone = spans.mean(-1).norm(dim=-1), spans.norm(dim=2).mean(-1)

@@ -3,14 +3,14 @@
 One loop for every method. All randomness comes from one generator, whose state is in every checkpoint beside the weights
 and the optimisers, so a run that was killed and started again ends with the same bytes as one that was not.
 
-    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100.pt, weights.safetensors, baseline.yaml}
+    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100.pt, samples/step_000100/0.mp4, weights.safetensors, baseline.yaml}
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,27 @@ from torch import Tensor, nn
 
 from rfbench import config, provenance, records, strict
 from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
-from rfbench.config import OptimCfg, Recipe, WeightsCfg
-from rfbench.data import OdePairs, draw_clips
+from rfbench.backbones.wan.dit import WanDiT
+from rfbench.baselines import device
+from rfbench.checkpointing import checkpointed
+from rfbench.config import PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
+from rfbench.data import OdePairs, Prompts, draw_clips, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch, Method
 from rfbench.methods.redmd import effective_share
 from rfbench.progress import Progress
+from rfbench.recipes import check, inputs_of, locate
 from rfbench.registry import pick
 from rfbench.reward import JUDGED
-from rfbench.weights import Ema, identity, read_file, resolve, save
+from rfbench.sampler import generate
+from rfbench.updates import Updater, schedule
+from rfbench.video import as_uint8, writing
+from rfbench.weights import Ema, read_file, save
 
 KEPT = 2  # checkpoints; the older one is there in case the newer one's disk goes bad
+BINS = 10  # of timestep histograms, between 0 and 1000
+
+Row = dict[str, float | list[float]]  # of the log
 
 
 def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None, fresh: bool = False, dry_run: bool = False) -> Path:
@@ -47,75 +57,46 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
     check(cfg)
     name = name or config.name_of(recipe)
     directory = config.settings().runs / "train" / name
-    sources = {role: resolve(weights, path) for role, weights in roles(cfg).items()}
-    inputs = {"recipe": strict.as_plain(cfg), "weights": {role: identity(sources[role], weights) for role, weights in roles(cfg).items()}}
+    sources = locate(cfg, path)
     if dry_run:
         return directory
-    with provenance.session(directory, "train", name, inputs, fresh=fresh) as run:
+    with provenance.session(directory, "train", name, inputs_of(cfg, sources), fresh=fresh) as run:
         if run.done and not all((directory / file).exists() for file in ("weights.safetensors", "baseline.yaml")):
             run.reopen()
         if not run.done:
-            run.record(threads=torch.get_num_threads())
+            run.record(device=str(device()), threads=torch.get_num_threads())
             run.result.update(Trainer(cfg, directory, sources).run(run.run.recorded, run.run.fingerprint, name))
     return directory
-
-
-def roles(cfg: Recipe) -> dict[str, WeightsCfg]:
-    """The checkpoints that a recipe starts from."""
-    named = {"student": cfg.init, "teacher": cfg.scores.teacher if cfg.scores else None}
-    return {role: weights for role, weights in named.items() if weights is not None}
-
-
-def check(cfg: Recipe) -> None:
-    """Refuse settings that the method needs and lacks, or has and would not read."""
-    uses = {
-        "flow": {"data.clips", "data.drop_caption"},
-        "ode": {"init", "data.pairs", "data.pair_sampler"},
-        "dmd": {"init", "scores"},
-        "redmd": {"init", "scores", "reward"},
-    }
-    if cfg.method not in uses:
-        pick(METHODS, cfg.method, what="method")
-    given = {"init": cfg.init, "scores": cfg.scores, "reward": cfg.reward}
-    given |= {f"data.{item.name}": getattr(cfg.data, item.name) for item in dataclasses.fields(cfg.data) if item.name != "seed"}
-    for key, value in given.items():
-        if (value is not None) != (key in uses[cfg.method]):
-            raise UserError(f"recipe '{cfg.title}': method '{cfg.method}' {'needs' if value is None else 'does not use'} '{key}'")
-    if cfg.batch % cfg.accumulate:
-        raise UserError(f"recipe '{cfg.title}': a batch of {cfg.batch} does not split into {cfg.accumulate} equal micro-batches")
-    if cfg.checkpoint_every % cfg.log_every:
-        raise UserError(f"recipe '{cfg.title}': 'checkpoint_every' must be a multiple of 'log_every', or a resumed run would log other means")
-    if cfg.method == "ode" and cfg.sampler.chunk is None:
-        raise UserError(f"recipe '{cfg.title}': method 'ode' makes a streaming student and needs a sampler with 'chunk' and 'cache'")
-    if cfg.scores is not None and cfg.sampler.guidance != 1.0:
-        raise UserError(f"recipe '{cfg.title}': a student learns its teacher's guidance; leave 'sampler.guidance' at 1 and set 'scores.guidance'")
-    if cfg.method != "flow" and cfg.sampler.solver != "renoise":
-        raise UserError(f"recipe '{cfg.title}': a student is trained to be clean at any of its steps; that takes 'sampler.solver: renoise'")
-    if cfg.sampler.chunk is not None and cfg.latents % cfg.sampler.chunk:
-        raise UserError(f"recipe '{cfg.title}': {cfg.latents} latent frames are not whole chunks of {cfg.sampler.chunk}")
 
 
 class Trainer:
     """State of a training run: modules, their optimisers, the average, the generator, the step."""
 
     def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path]) -> None:
-        self.cfg, self.directory = cfg, directory
+        self.cfg, self.directory, self.precision = cfg, directory, cfg.precision or PrecisionCfg()
         self.rng = torch.Generator().manual_seed(cfg.seed)
         self.student = self._student(sources)
         self.method = self._method(sources)
+        if cfg.checkpointing:
+            for module in {self.student.denoiser, *self.method.modules.values()}:
+                if isinstance(module, WanDiT):
+                    checkpointed(module)
         optims = {"generator": cfg.optim} | ({"critic": cfg.scores.critic_optim} if cfg.scores else {})
-        self.optims = {role: (optims[role], _optimisers(module, optims[role])) for role, module in self.method.modules.items()}
-        self.updates = dict.fromkeys(self.method.modules, 0)  # optimiser steps taken, per module
-        self.trained = _parameters(self.method.modules["generator"])
+        self.updaters = {role: Updater(module, optims[role]) for role, module in self.method.modules.items()}
+        self.generator = self.updaters["generator"]
         self.ema: Ema | None = None
         self.step = 0
 
     def _student(self, sources: dict[str, Path]) -> Backbone:
-        if self.cfg.init is not None:
-            return load(self.cfg.backbone, self.cfg.init, sources["student"])
-        student = open_backbone(self.cfg.backbone)
-        student.fresh(self.cfg.seed)
-        return student
+        cfg = self.cfg
+        if cfg.init is not None:
+            return self._load(cfg.backbone, cfg.init, sources["student"], self.precision.student)
+        student = open_backbone(cfg.backbone, precision=self.precision.student)
+        student.fresh(cfg.seed)
+        return _moved(student)
+
+    def _load(self, backbone: str, weights: WeightsCfg, file: Path, precision: str | None) -> Backbone:
+        return _moved(load(backbone, weights, file, precision=precision))
 
     def _method(self, sources: dict[str, Path]) -> Method:
         cfg, student = self.cfg, self.student
@@ -125,12 +106,19 @@ class Trainer:
             with Progress("rendering clips", cfg.data.clips):
                 store = draw_clips(student.encode_pixels, seed=cfg.data.seed, count=cfg.data.clips, frames=pixel_frames(cfg.latents))
             return kind(cfg, student, store)
+        prompts = prompts_of(sources.get("prompts"))
         if cfg.method == "ode":
-            return kind(cfg, student, self._pairs())
-        assert cfg.scores is not None
-        return kind(cfg, student, load(cfg.backbone, cfg.scores.teacher, sources["teacher"]))
+            return kind(cfg, student, self._pairs(prompts))
+        scores, precision = cfg.scores, self.precision
+        assert scores is not None
+        teacher = self._load(scores.teacher_backbone or cfg.backbone, scores.teacher, sources["teacher"], precision.teacher)
+        critic = None
+        if "critic" in sources or precision.critic != precision.teacher:
+            file = sources.get("critic", sources["teacher"])
+            critic = self._load(cfg.backbone, scores.critic or scores.teacher, file, precision.critic).denoiser
+        return kind(cfg, student, teacher, critic=critic, prompts=prompts)
 
-    def _pairs(self) -> OdePairs:
+    def _pairs(self, prompts: Prompts) -> OdePairs:
         """The teacher's trajectories: what the student is initialised from is the teacher itself."""
         from rfbench.methods.ode import solve_pairs
 
@@ -139,7 +127,9 @@ class Trainer:
         rng = torch.Generator().manual_seed(cfg.data.seed)
         seeds = torch.randint(2**62, (cfg.data.pairs,), generator=rng).tolist()
         with Progress("solving ODE pairs", cfg.data.pairs) as progress:
-            return solve_pairs(self.student, cfg.sampler, cfg.data.pair_sampler, latents=cfg.latents, seeds=seeds, tell=progress.advance)
+            return solve_pairs(
+                self.student, cfg.sampler, cfg.data.pair_sampler, latents=cfg.latents, seeds=seeds, tell=progress.advance, prompts=prompts
+            )
 
     def run(self, recorded: dict[str, Any], fingerprint: str, name: str) -> dict[str, Any]:
         """Train to the end; write checkpoints, the log, the weights and the baseline. Returns headline numbers."""
@@ -147,44 +137,68 @@ class Trainer:
         log = self.directory / "log.jsonl"
         _keep_rows(log, self.step)
         with records.appending(log) as append, Progress(name, self.cfg.steps, done=self.step) as progress:
-            rows: list[dict[str, float]] = []
+            rows: list[Row] = []
             while self.step < self.cfg.steps:
                 rows.append(self._advance())
                 if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
                     append({"step": self.step} | means(rows))
                     rows = []
-                progress.advance(1, rows[-1] if rows else None)
+                progress.advance(1, _numbers(rows[-1]) if rows else None)
+                if self.cfg.samples is not None and self.step % self.cfg.samples.every == 0:
+                    self._sample(self.cfg.samples)
                 if self.step % self.cfg.checkpoint_every == 0 and self.step < self.cfg.steps:
                     self._checkpoint()
         self._finish(recorded, fingerprint, name)
-        return {"steps": self.step, "updates": self.updates}
+        return {"steps": self.step, "updates": {role: updater.steps for role, updater in self.updaters.items()}}
 
-    def _advance(self) -> dict[str, float]:
-        """One optimiser step of every module whose turn it is; what happened, in figures."""
-        cfg, turns = self.cfg, self.method.turns(self.step)
-        seeds = torch.randint(2**62, (cfg.batch + 1,), generator=self.rng).tolist()
-        parts = Batch(tuple(seeds[1:]), seeds[0]).split(cfg.accumulate)
+    def _advance(self) -> Row:
+        """One optimiser step of every module whose turn it is; what happened, in figures.
+
+        The released trainer steps after every micro-batch, which is one clip per GPU, and once more, with the same gradients, after
+        every `accumulate`-th. Only then does it clear them, and only then has the generator a turn (D-1).
+        """
+        cfg, released = self.cfg, self.cfg.stepping == "as_released"
+        whole = not released or self.step % cfg.accumulate == 0
+        turns = self.method.turns(self.step // cfg.accumulate if released else self.step) if whole else ("critic",)
+        clips = cfg.batch // cfg.accumulate if released else cfg.batch
+        parts = clips if released else cfg.accumulate
+        seeds = torch.randint(2**62, (clips + 1,), generator=self.rng).tolist()
         stats: dict[str, list[Tensor]] = {}
-        for part in parts:
+        for part in Batch(tuple(seeds[1:]), seeds[0]).split(parts):
             losses, seen = self.method.losses(part, turns)
             for loss in losses.values():
-                (loss / len(parts)).backward()
+                (loss / parts / (cfg.accumulate if released else 1)).backward()
+            for role in turns:
+                self.updaters[role].gather()
             for key, value in seen.items():
-                stats.setdefault(key, []).append(value.detach().double())
-        norms = {f"grad_norm_{role}": self._update(role, seeds) for role in turns}
+                stats.setdefault(key, []).append(value.detach().double().cpu())
+        norms = {f"grad_norm_{role}": self._clip(role, seeds) for role in turns}
+        for role in turns:
+            updater = self.updaters[role]
+            for _ in range(2 if released and whole else 1):
+                updater.step(schedule(updater.cfg, self.step, cfg.steps))
+                if released and role == "generator" and self.ema is not None:
+                    self.ema.update(updater.masters)
+            if whole:
+                updater.clear()
         self.step += 1
-        if self.cfg.ema is not None and "generator" in turns and self.step > self.cfg.ema.start:
-            if self.ema is None:
-                self.ema = Ema(self.trained, self.cfg.ema.decay)
-            else:
-                self.ema.update(self.trained)
+        self._average(turns)
         return norms | summary({key: torch.cat(values) for key, values in stats.items()})
 
-    def _update(self, role: str, seeds: list[int]) -> float:
-        """Clip, step, clear. The gradient norm before clipping."""
-        cfg, optimisers = self.optims[role]
-        parameters = _parameters(self.method.modules[role])
-        norm = float(nn.utils.clip_grad_norm_(parameters, cfg.clip))
+    def _average(self, turns: tuple[str, ...]) -> None:
+        """Begin the moving average, or go on. The release begins it whosever turn it is, and goes on after every step of the optimiser."""
+        cfg = self.cfg.ema
+        if cfg is None:
+            return
+        released, turn = self.cfg.stepping == "as_released", "generator" in turns
+        if self.ema is None and (self.step >= cfg.start if released else turn and self.step > cfg.start):
+            self.ema = Ema(self.generator.masters, cfg.decay)
+        elif self.ema is not None and turn and not released:
+            self.ema.update(self.generator.masters)
+
+    def _clip(self, role: str, seeds: list[int]) -> float:
+        """The gradient norm before clipping."""
+        norm = self.updaters[role].clip()
         if not math.isfinite(norm):
             records.write_json(self.directory / "broken_batch.json", {"step": self.step, "role": role, "seeds": seeds})
             raise UserError(
@@ -192,22 +206,15 @@ class Trainer:
                 f"{self.directory / 'broken_batch.json'} and the last good checkpoint is kept",
                 code=1,
             )
-        for optim in optimisers:
-            for group in optim.param_groups:
-                group["lr"] = learning_rate(cfg, self.step, self.cfg.steps)
-            optim.step()
-            optim.zero_grad(set_to_none=True)
-        self.updates[role] += 1
         return norm
 
     def _checkpoint(self) -> None:
         folder = self.directory / "checkpoints"
         state = {
             "step": self.step,
-            "updates": self.updates,
             "rng": self.rng.get_state(),
             "modules": {role: module.state_dict() for role, module in self.method.modules.items()},
-            "optims": {role: [optim.state_dict() for optim in optimisers] for role, (_, optimisers) in self.optims.items()},
+            "updaters": {role: updater.state() for role, updater in self.updaters.items()},
             "ema": None if self.ema is None else self.ema.average,
         }
         with records.atomic(folder / f"step_{self.step:06d}.pt") as temporary, temporary.open("wb") as file:
@@ -221,24 +228,56 @@ class Trainer:
         if not found:
             return
         state = read_file(found[-1])
-        self.step, self.updates = int(state["step"]), dict(state["updates"])
+        self.step = int(state["step"])
         self.rng.set_state(state["rng"])
         for role, module in self.method.modules.items():
             module.load_state_dict(state["modules"][role])
-            for optim, saved in zip(self.optims[role][1], state["optims"][role], strict=True):
-                optim.load_state_dict(saved)
+            self.updaters[role].load(state["updaters"][role])
         if state["ema"] is not None:
             assert self.cfg.ema is not None
-            self.ema = Ema(state["ema"], self.cfg.ema.decay)
+            self.ema = Ema((average.to(device()) for average in state["ema"]), self.cfg.ema.decay)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The student with the weights that would come out now: the average, where there is one."""
+        kept = [master.detach().clone() for master in self.generator.masters] if self.ema is not None else []
+        if self.ema is not None:
+            self.ema.copy_to(self.generator.masters)
+            self.generator.round()
+        yield
+        for master, own in zip(self.generator.masters, kept, strict=False):
+            master.data.copy_(own)
+        self.generator.round()
+
+    @torch.no_grad()
+    def _sample(self, cfg: SamplesCfg) -> None:
+        """Render the recipe's samples."""
+        shape, seeds = self.student.shape, [cfg.seed + number for number in range(len(cfg.prompts))]
+        with self._averaged():
+            pixels = as_uint8(torch.cat(list(generate(self.student, cfg.prompts, cfg.latents, self.cfg.sampler, seeds)), dim=1)).cpu().numpy()
+        for number, clip in enumerate(pixels):
+            out = self.directory / "samples" / f"step_{self.step:06d}" / f"{number}.mp4"
+            with writing(out, fps=shape.fps, height=shape.pixel_height, width=shape.pixel_width) as write:
+                write(clip)
 
     def _finish(self, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
-        """Write the weights (the average, where there is one) and the baseline that names them."""
-        if self.ema is not None:
-            self.ema.copy_to(self.trained)
-        assert isinstance(self.student, nn.Module)
+        """Write the weights (the average, where there is one) and the baseline that names them.
+
+        Tensors are named as in the checkpoints that the backbone reads: what it has beside those is not trained and not written.
+        """
+        model = self.student.denoiser if self.student.parts() else self.student
+        assert isinstance(model, nn.Module)
         weights = self.directory / "weights.safetensors"
-        save(weights, self.student, {"recipe": self.cfg.title, "fingerprint": fingerprint, "seed": str(self.cfg.seed)})
+        about = {"recipe": self.cfg.title, "fingerprint": fingerprint, "seed": str(self.cfg.seed)}
+        with self._averaged():
+            save(weights, self.generator.exact(model.state_dict(keep_vars=True)), about)
         write_baseline(self.directory / "baseline.yaml", self.cfg, weights, recorded, fingerprint, name)
+
+
+def _moved(backbone: Backbone) -> Backbone:
+    assert isinstance(backbone, nn.Module)
+    backbone.to(device())
+    return backbone
 
 
 def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
@@ -250,6 +289,7 @@ def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, A
         backbone=cfg.backbone,
         weights=WeightsCfg(file=weights.name, sha256=records.sha256_of(weights)),
         sampler=cfg.sampler,
+        precision=None if cfg.precision is None else cfg.precision.student,
         license=config.License(code="apache-2.0", weights="apache-2.0"),
         max_latents=cfg.max_latents,
         saw=(f"reward.{cfg.reward.name}", *JUDGED.get(cfg.reward.name, ())) if cfg.reward else (),
@@ -259,9 +299,11 @@ def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, A
     records.write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def summary(stats: dict[str, Tensor]) -> dict[str, float]:
-    """Means of per-clip statistics, with spread and effective sample size where they decide something."""
-    row = {key: float(value.mean()) for key, value in stats.items()}
+def summary(stats: dict[str, Tensor]) -> Row:
+    """Means of per-clip statistics, with spread and effective sample size where they decide something; of timesteps, a histogram."""
+    row: Row = {}
+    for key, value in stats.items():
+        row[key] = (value.histc(BINS, 0, 1000) / len(value)).tolist() if key.endswith("timestep") else float(value.mean())
     if "weight" in stats:
         row["reward_std"] = float(stats["reward"].std(correction=0))
         row["weight_max"] = float(stats["weight"].max())
@@ -269,30 +311,20 @@ def summary(stats: dict[str, Tensor]) -> dict[str, float]:
     return row
 
 
-def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def means(rows: Sequence[Row]) -> Row:
     """Mean of every figure over the steps that have it: the generator's are there at its own steps alone."""
-    keys = {key for row in rows for key in row}
-    return {key: math.fsum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in sorted(keys)}
+    found: Row = {}
+    for key in sorted({key for row in rows for key in row}):
+        there = [row[key] for row in rows if key in row]
+        lists = [value if isinstance(value, list) else [value] for value in there]
+        mean = [math.fsum(values) / len(values) for values in zip(*lists, strict=True)]
+        found[key] = mean if isinstance(there[0], list) else mean[0]
+    return found
 
 
-def learning_rate(cfg: OptimCfg, step: int, steps: int) -> float:
-    """Linear warm-up, then constant or a half cosine to zero."""
-    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps) if cfg.cosine else 1.0)
-
-
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def _optimisers(module: nn.Module, cfg: OptimCfg) -> list[torch.optim.Optimizer]:
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in named if cfg.kind == "muon" and parameter.ndim == 2 and "blocks." in name]
-    rest = [parameter for _, parameter in named if not any(parameter is matrix for matrix in matrices)]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
-    if matrices:
-        optimisers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimisers
+def _numbers(row: Row) -> dict[str, float]:
+    """What of a row has a place in a line of progress."""
+    return {key: value for key, value in row.items() if isinstance(value, float)}
 
 
 def _keep_rows(log: Path, step: int) -> None:

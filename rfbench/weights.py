@@ -305,15 +305,15 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def save(path: Path, module: nn.Module, about: Mapping[str, str]) -> None:
-    """Write a module's tensors as safetensors with a few words about their origin; complete or not at all.
+def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a model's tensors as safetensors with a few words about their origin; complete or not at all.
 
     The words are one entry of the header: the format writes several in an order that changes from process to process.
     """
     from safetensors.torch import save_file
 
     with records.atomic(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary, {"about": records.canonical(about)})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"about": records.canonical(about)})
 
 
 class Ema:

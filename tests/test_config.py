@@ -118,7 +118,7 @@ def test_every_field_is_read_by_some_code():
     """A field that is only checked by the schema itself does not count as read."""
     read: set[str] = set()
     for path in Path(rfbench.__file__).parent.rglob("*.py"):
-        if path.name == "config.py":
+        if path.name in ("config.py", "learning.py"):
             continue
         read |= {
             node.attr

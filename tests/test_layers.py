@@ -16,11 +16,11 @@ import rfbench
 PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
-    {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts"},
-    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
-    {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines"},
-    {"methods", "scorers", "timing"},
-    {"stopwatch"},
+    {"strict", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
+    {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive"},
+    {"methods", "scorers", "timing", "recipes"},
+    {"stopwatch", "ladder"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
     {"cli"},
 ]

@@ -311,7 +311,7 @@ def test_weights_may_be_limited_and_are_logged() -> None:
     assert weight.tolist() == pytest.approx([math.exp(0.2), 3.0])
     assert stats["reward"].tolist() == pytest.approx([0.1, 2.0]) and torch.equal(stats["weight"], weight)
     _, stats = method.losses(BATCH, ("generator", "critic"))
-    assert stats.keys() == {"reward", "weight", "loss", "matching_gradient", "critic_loss"}
+    assert stats.keys() == {"reward", "weight", "loss", "matching_gradient", "timestep", "critic_loss", "critic_timestep"}
     assert all(value.shape == (2,) and not value.requires_grad for value in stats.values())
 
 

@@ -20,11 +20,13 @@ from rfbench.backbones.base import BACKBONES, load
 from rfbench.config import Baseline, OptimCfg, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch
+from rfbench.recipes import check
 from rfbench.records import read_run, sha256_of
 from rfbench.registry import pick
 from rfbench.reward import REWARDS
 from rfbench.scorers.base import SCORERS
-from rfbench.train import Trainer, check, learning_rate, means, summary, train
+from rfbench.train import Trainer, means, summary, train
+from rfbench.updates import schedule
 from tests.tiny import Tiny
 
 CACHE = {"policy": "ema_sink", "window": 6, "sink": 2, "alpha": 0.9, "fold_dtype": "float32"}
@@ -120,13 +122,14 @@ def test_a_run_leaves_weights_a_log_and_a_baseline(method: str, tmp_path: Path) 
     assert [row["step"] for row in rows] == [2, 4, 5]
     wanted = {"loss", "grad_norm_generator"}
     if generator == 2:
-        wanted |= {"matching_gradient", "critic_loss", "grad_norm_critic"}
+        wanted |= {"matching_gradient", "timestep", "critic_loss", "critic_timestep", "grad_norm_critic"}
     if method == "redmd":
         wanted |= {"reward", "reward_std", "weight", "weight_max", "weight_ess"}
     assert set(rows[0]) == set(rows[1]) == wanted | {"step"}
     if generator == 2:
-        assert set(rows[2]) == {"step", "critic_loss", "grad_norm_critic"}  # the generator had no turn
-    assert all(math.isfinite(value) for row in rows for value in row.values())
+        assert set(rows[2]) == {"step", "critic_loss", "critic_timestep", "grad_norm_critic"}  # the generator had no turn
+        assert all(len(row["critic_timestep"]) == 10 and sum(row["critic_timestep"]) == pytest.approx(1) for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, list))
 
     made = config.load(Baseline, str(directory / "baseline.yaml"))
     assert made.sampler == config.load(Recipe, path).sampler and made.max_latents == 6 and made.backbone == "tiny"
@@ -345,7 +348,7 @@ def test_the_weights_are_the_average_where_there_is_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_weight_has_one_optimiser(kind: str, tmp_path: Path) -> None:
     trainer = Trainer(recipe(tmp_path, "flow", optim=OPTIM | {"kind": kind}), tmp_path, {})
-    ((_, optimisers),) = trainer.optims.values()
+    optimisers = trainer.generator.optimisers
     held = [id(parameter) for optim in optimisers for group in optim.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in trainer.method.modules["generator"].parameters())
     assert len(optimisers) == (2 if kind == "muon" else 1)
@@ -353,15 +356,17 @@ def test_every_weight_has_one_optimiser(kind: str, tmp_path: Path) -> None:
 
 def test_learning_rates_warm_up_and_fall_like_a_cosine() -> None:
     cfg = OptimCfg(2.0, warmup=4, cosine=True)
-    assert learning_rate(cfg, 0, 100) == pytest.approx(0.5)
-    assert learning_rate(cfg, 3, 100) == pytest.approx(2 * (0.5 + 0.5 * math.cos(math.pi * 0.03)))
-    assert learning_rate(cfg, 50, 100) == pytest.approx(1.0)
-    assert 0 < learning_rate(cfg, 99, 100) < 0.001
-    assert {learning_rate(dataclasses.replace(cfg, warmup=0, cosine=False), step, 100) for step in range(100)} == {2.0}
+    assert schedule(cfg, 0, 100) == pytest.approx(0.25)
+    assert schedule(cfg, 3, 100) == pytest.approx(0.5 + 0.5 * math.cos(math.pi * 0.03))
+    assert schedule(cfg, 50, 100) == pytest.approx(0.5)
+    assert 0 < schedule(cfg, 99, 100) < 0.0005
+    assert {schedule(dataclasses.replace(cfg, warmup=0, cosine=False), step, 100) for step in range(100)} == {1.0}
 
 
 def test_the_log_holds_means_of_what_was_there() -> None:
     assert means([{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 6.0}]) == {"a": 3.0, "b": 5.0}
+    assert means([{"c": [1.0, 0.0]}, {"a": 2.0}, {"c": [0.5, 0.5]}]) == {"a": 2.0, "c": [0.75, 0.25]}
+    assert summary({"timestep": torch.tensor([20.0, 980.0, 950.0, 500.0])}) == {"timestep": [0.25, 0, 0, 0, 0, 0.25, 0, 0, 0, 0.5]}
     weights = torch.tensor([1.0, 3.0])
     row = summary({"loss": torch.tensor([1.0, 2.0]), "reward": torch.tensor([0.0, 4.0]), "weight": weights})
     assert row == {"loss": 1.5, "reward": 2.0, "weight": 2.0, "reward_std": 2.0, "weight_max": 3.0, "weight_ess": pytest.approx(16 / 20)}

@@ -30,6 +30,10 @@ class Batch:
     seeds: tuple[int, ...]
     shared: int
 
+    def other(self) -> Batch:
+        """A batch of as many other clips."""
+        return Batch(tuple(seed + 1 for seed in self.seeds), self.shared + 1)
+
     def split(self, parts: int) -> list[Batch]:
         """`parts` micro-batches of equal size."""
         size = len(self.seeds) // parts
@@ -37,19 +41,20 @@ class Batch:
 
 
 class Draws:
-    """One CPU generator per clip. Called with a number of latent frames it is a sampler's noise source."""
+    """One CPU generator per clip. Called with a number of latent frames it is a sampler's noise source, of `like`'s device and dtype."""
 
-    def __init__(self, shape: VideoShape, seeds: Sequence[int]) -> None:
+    def __init__(self, shape: VideoShape, seeds: Sequence[int], *, like: Tensor | None = None) -> None:
         self.size = (shape.channels, shape.height, shape.width)
+        self.like = torch.empty(0) if like is None else like
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, frames: int) -> Tensor:
         """Standard normal [B, F, C, H, W]."""
-        return torch.stack([torch.randn(frames, *self.size, generator=rng) for rng in self.generators])
+        return torch.stack([torch.randn(frames, *self.size, generator=rng) for rng in self.generators]).to(self.like)
 
     def uniform(self) -> Tensor:
         """[B] in [0, 1), float64."""
-        return torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in self.generators])
+        return torch.cat([torch.rand(1, generator=rng, dtype=torch.float64) for rng in self.generators]).to(self.like.device)
 
     def integers(self, high: int) -> list[int]:
         """One integer below `high` per clip."""

@@ -9,13 +9,15 @@ Shapes: B batch, F latent frames, C channels, H and W latent rows and columns.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone
-from rfbench.config import Recipe, ScoreCfg
-from rfbench.data import draw_prompts
+from rfbench.backbones.wan.dit import WanDiT
+from rfbench.config import Recipe, SamplerCfg, ScoreCfg
+from rfbench.data import Prompts, draw_prompts
 from rfbench.methods.base import Batch, Draws
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, shifted, x0_to_flow
@@ -44,41 +46,57 @@ def matching_loss(video_BFCHW: Tensor, gradient_BFCHW: Tensor, mask_BF: Tensor |
     return (error_BF * mask_BF).sum(1) / mask_BF.sum(1)
 
 
-class Dmd:
-    """Student, critic and teacher; `weights` is where Re-DMD comes in."""
+def rollout_sampler(recipe: Recipe) -> SamplerCfg:
+    """The sampler of training rollouts: the recipe's, but for what it says of rollouts alone."""
+    sampler, rollout = recipe.sampler, recipe.rollout
+    if rollout is None:
+        return sampler
+    noise = sampler.context_noise if rollout.context_noise is None else rollout.context_noise
+    return dataclasses.replace(sampler, cache=rollout.cache or sampler.cache, context_noise=noise)
 
-    def __init__(self, recipe: Recipe, student: Backbone, teacher: Backbone) -> None:
+
+class Dmd:
+    """Student, critic (without one given, a copy of the teacher) and teacher; `weights` is where Re-DMD comes in."""
+
+    def __init__(
+        self, recipe: Recipe, student: Backbone, teacher: Backbone, *, critic: WanDiT | None = None, prompts: Prompts = draw_prompts
+    ) -> None:
         assert recipe.scores is not None
         self.recipe, self.cfg = recipe, recipe.scores
-        self.student, self.teacher = student, teacher
-        self.critic = copy.deepcopy(teacher.denoiser)
+        self.student, self.teacher, self.prompts = student, teacher, prompts
+        self.critic = copy.deepcopy(teacher.denoiser) if critic is None else critic
         teacher.denoiser.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"generator": student.denoiser, "critic": self.critic}
         self.schedule = Schedule(recipe.sampler.shift)
         self.score_schedule = Schedule(self.cfg.score_shift)
+        self.rollout = rollout_sampler(recipe)
         self.exits = len(timesteps(recipe.sampler))
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("generator", "critic") if step % self.cfg.generator_every == 0 else ("critic",)
 
     def losses(self, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        prompts, draws = draw_prompts(batch.seeds), Draws(self.student.shape, batch.seeds)
+        if self.cfg.rollouts == "separate" and len(turns) > 1:
+            losses, stats = self.losses(batch, ("generator",))
+            others, more = self.losses(batch.other(), ("critic",))
+            return losses | others, stats | more
+        prompts = self.prompts(batch.seeds)
         with torch.no_grad():
             text = self.student.encode_text(prompts)
+        draws = Draws(self.student.shape, batch.seeds, like=text)
         exit_step = int(torch.randint(self.exits, (1,), generator=torch.Generator().manual_seed(batch.shared)))
         rollout = stream(
             self.student,
             text,
             self.recipe.latents,
-            self.recipe.sampler,
+            self.rollout,
             draws,
             exit_step=exit_step,
             grad_from=max(0, self.recipe.latents - self.cfg.latents) if "generator" in turns else None,
             cache_gradients=self.cfg.cache_gradients,
         )
         video, mask_BF = self.judged(torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1))
-        losses: dict[str, Tensor] = {}
-        stats: dict[str, Tensor] = {}
+        losses, stats = dict[str, Tensor](), dict[str, Tensor]()
         if "generator" in turns:
             t_B, noise = self._score_draws(draws), draws(video.shape[1])
             with torch.no_grad():
@@ -86,11 +104,12 @@ class Dmd:
                 weight_B, stats = self.weights(video, prompts)
             loss_B = matching_loss(video, gradient, mask_BF)
             losses["generator"] = (weight_B * loss_B).mean()
-            stats |= {"loss": loss_B.detach(), "matching_gradient": gradient.abs().mean((1, 2, 3, 4))}
+            stats |= {"loss": loss_B.detach(), "matching_gradient": gradient.abs().mean((1, 2, 3, 4)), "timestep": t_B}
         if "critic" in turns:
-            error_B = self.critic_error(video.detach(), draws(video.shape[1]), self._score_draws(draws), text)
+            noise, t_B = draws(video.shape[1]), self._score_draws(draws)
+            error_B = self.critic_error(video.detach(), noise, t_B, text)
             losses["critic"] = error_B.mean()
-            stats["critic_loss"] = error_B.detach()
+            stats |= {"critic_loss": error_B.detach(), "critic_timestep": t_B}
         return losses, stats
 
     def judged(self, video_BFCHW: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +144,7 @@ class Dmd:
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Weight of each clip's loss, and what to log about it."""
-        return torch.ones(len(video_BFCHW), dtype=torch.float64), {}
+        return torch.ones(len(video_BFCHW), dtype=torch.float64, device=video_BFCHW.device), {}
 
     def critic_error(self, video_BFCHW: Tensor, noise_BFCHW: Tensor, t_B: Tensor, text_BLE: Tensor) -> Tensor:
         """Flow matching error of the critic on a clip that the student made, per clip: [B].
@@ -137,4 +156,4 @@ class Dmd:
         noisy = add_noise(video_BFCHW, noise_BFCHW, sigma_B1)
         x0 = flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, self.score_schedule.sigma(t_B1))
         flow = x0_to_flow(x0, noisy, sigma_B1)
-        return (flow - (noise_BFCHW - video_BFCHW)).square().mean((1, 2, 3, 4))
+        return (flow - (noise_BFCHW - video_BFCHW)).float().square().mean((1, 2, 3, 4))

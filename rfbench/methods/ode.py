@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.dit import block_causal_mask
 from rfbench.config import Recipe, SamplerCfg
-from rfbench.data import OdePairs, draw_prompts
+from rfbench.data import OdePairs, Prompts, draw_prompts
 from rfbench.errors import UserError
 from rfbench.methods.base import Batch, Draws
 from rfbench.sampler import cache_shape, stream, timesteps
@@ -60,7 +60,15 @@ def regression(
 
 
 def solve_pairs(
-    teacher: Backbone, student: SamplerCfg, solver: SamplerCfg, *, latents: int, seeds: Sequence[int], tell: Callable[[int], None], part: int = 16
+    teacher: Backbone,
+    student: SamplerCfg,
+    solver: SamplerCfg,
+    *,
+    latents: int,
+    seeds: Sequence[int],
+    tell: Callable[[int], None],
+    prompts: Prompts = draw_prompts,
+    part: int = 16,
 ) -> OdePairs:
     """Run the teacher's many-step sampler from one noise per seed and keep what it passes at the student's timesteps.
 
@@ -74,15 +82,15 @@ def solve_pairs(
             f"the ODE solver passes the timesteps {', '.join(f'{t:g}' for t in passed)}, but not all of the student's "
             f"{', '.join(f'{t:g}' for t in kept)}; give 'data.pair_sampler' steps that do"
         )
-    captions, paths = draw_prompts(seeds), []
+    captions, paths = prompts(seeds), []
     for start in range(0, len(seeds), part):
-        prompts = captions[start : start + part]
+        asked = captions[start : start + part]
         seen: list[Tensor] = []
         with torch.no_grad():
-            text = teacher.encode_text(prompts)
-            null = teacher.encode_text([solver.negative] * len(prompts)) if solver.guidance != 1.0 else None
-            draws = Draws(teacher.shape, seeds[start : start + part])
+            text = teacher.encode_text(asked)
+            null = teacher.encode_text([solver.negative] * len(asked)) if solver.guidance != 1.0 else None
+            draws = Draws(teacher.shape, seeds[start : start + part], like=text)
             (chunk,) = stream(teacher, text, latents, solver, draws, null_BLE=null, watch=seen.append)
         paths.append(torch.stack([*(seen[number] for number in numbers), chunk.latent_BFCHW], dim=1))
-        tell(len(prompts))
+        tell(len(asked))
     return OdePairs(torch.cat(paths), tuple(captions), kept)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from rfbench.backbones.base import Backbone
 from rfbench.config import Recipe
+from rfbench.errors import UserError
 from rfbench.methods.dmd import Dmd
 from rfbench.reward import Reward, reward_of
 
@@ -14,14 +18,19 @@ from rfbench.reward import Reward, reward_of
 class ReDmd(Dmd):
     """DMD whose clips pull in proportion to how well they move."""
 
-    def __init__(self, recipe: Recipe, student: Backbone, teacher: Backbone) -> None:
-        super().__init__(recipe, student, teacher)
+    def __init__(self, recipe: Recipe, student: Backbone, teacher: Backbone, **more: Any) -> None:
+        super().__init__(recipe, student, teacher, **more)
         assert recipe.reward is not None
         self.reward_cfg = recipe.reward
         self.reward: Reward = reward_of(recipe.reward, student.shape.fps)
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        reward_B = self.reward(self.student.decoder()(video_BFCHW), prompts).double()
+        reward_B = self.reward(self.student.decoder()(video_BFCHW), prompts).to(video_BFCHW.device, torch.float64)
+        if reward_B.shape != (len(prompts),):
+            raise UserError(
+                f"reward '{self.reward_cfg.name}' gave numbers of shape {list(reward_B.shape)} for {len(prompts)} clips; it takes one for each",
+                code=1,
+            )
         weight_B = (reward_B / self.reward_cfg.beta).exp()
         if self.reward_cfg.clip is not None:
             weight_B = weight_B.clamp(max=self.reward_cfg.clip)

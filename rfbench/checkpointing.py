@@ -1,0 +1,54 @@
+"""Activations that are computed anew in the backward pass, block by block, also of blocks that read a KV cache.
+
+By the time of the backward pass a cache has moved on. What a block read from it is kept, and read again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rfbench.backbones.wan.dit import Block, Scope, WanDiT
+from rfbench.cache import KVCache
+
+
+class Reread:
+    """A cache as one block reads it: the first time as it is, later as it was then."""
+
+    def __init__(self, cache: KVCache, layer: int) -> None:
+        self.now, self.first = cache, True
+        self.then = copy.copy(cache)
+        self.then.rotated = _only(cache.rotated, layer)
+        self.then.values = _only(cache.values, layer)
+        self.then.traces = dict(cache.traces)
+
+    def extend(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `KVCache.extend`."""
+        cache, self.first = (self.now if self.first else self.then), False
+        return cache.extend(layer, q_BSHD, k_BSHD, v_BSHD)
+
+
+def _only(buffers: list[Tensor], layer: int) -> list[Tensor]:
+    """A copy of one layer's buffer among the others themselves, which that layer does not read."""
+    return [buffer.clone() if number == layer else buffer for number, buffer in enumerate(buffers)]
+
+
+def checkpointed(model: WanDiT) -> None:
+    """Let every block of a model keep no more than what came in; results and gradients stay the same, a third more work is done."""
+    for block in cast(Iterable[Block], model.blocks):
+        block.forward = functools.partial(_forward, block.forward, block.layer)  # type: ignore[method-assign]
+
+
+def _forward(plain: Callable[..., Tensor], layer: int, x: Tensor, time: Tensor, text_kv: tuple[Tensor, Tensor], scope: Scope) -> Tensor:
+    if not torch.is_grad_enabled():
+        return plain(x, time, text_kv, scope)
+    if isinstance(scope.cache, KVCache):
+        scope = Scope(cache=Reread(scope.cache, layer))
+    found: Any = checkpoint(plain, x, time, text_kv, scope, use_reentrant=False, preserve_rng_state=False)
+    return cast(Tensor, found)

@@ -1,0 +1,96 @@
+"""From gradients to new weights: optimisers, their schedule, and float32 copies of weights that are stored in less."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfbench.config import OptimCfg
+
+
+class Updater:
+    """The optimiser state of one network.
+
+    What is stored in less than float32 has a copy in float32: `masters`, which are the weights themselves where nothing is gained.
+    Gradients of micro-batches are added up for the copies, the optimisers step on them, and every step is rounded anew.
+    """
+
+    def __init__(self, module: nn.Module, cfg: OptimCfg) -> None:
+        self.cfg = cfg
+        named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+        self.weights = [weight for _, weight in named]
+        self.masters = [weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()) for weight in self.weights]
+        self.optimisers = optimisers([(name, master) for (name, _), master in zip(named, self.masters, strict=True)], cfg)
+        self.steps = 0  # taken
+
+    def gather(self) -> None:
+        """Add what the last backward pass left at the weights to the copies' gradients."""
+        for weight, master in self._copied():
+            if weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
+                weight.grad = None
+
+    def clip(self) -> float:
+        """Scale the gradients down to the largest norm that is allowed; the norm before."""
+        return float(nn.utils.clip_grad_norm_(self.masters, self.cfg.clip))
+
+    def step(self, share: float) -> None:
+        """One step of every optimiser at `share` of the learning rate."""
+        for optim in self.optimisers:
+            for group in optim.param_groups:
+                group["lr"] = self.cfg.lr * share
+            optim.step()
+        self.round()
+        self.steps += 1
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Give the weights the copies' values."""
+        for weight, master in self._copied():
+            weight.copy_(master)
+
+    def clear(self) -> None:
+        for optim in self.optimisers:
+            optim.zero_grad(set_to_none=True)
+
+    def exact(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the weights (`keep_vars=True`) with the copies in their places."""
+        copies = {id(weight): master.detach() for weight, master in self._copied()}
+        return {name: copies.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "masters": [master.detach() for _, master in self._copied()],
+            "optims": [o.state_dict() for o in self.optimisers],
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        for (_, master), saved in zip(self._copied(), state["masters"], strict=True):
+            master.copy_(saved)
+        for optim, saved in zip(self.optimisers, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+
+    def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(weight, master) for weight, master in zip(self.weights, self.masters, strict=True) if weight is not master]
+
+
+def optimisers(named: list[tuple[str, nn.Parameter]], cfg: OptimCfg) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the transformer blocks' matrices where that is asked for."""
+    matrices = [weight for name, weight in named if cfg.kind == "muon" and weight.ndim == 2 and "blocks." in name]
+    rest = [weight for _, weight in named if not any(weight is matrix for matrix in matrices)]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def schedule(cfg: OptimCfg, step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then constant or a half cosine to zero."""
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return warm * (0.5 + 0.5 * math.cos(math.pi * step / steps) if cfg.cosine else 1.0)

@@ -1,0 +1,137 @@
+"""Training of the Wan family at a small size: from files in the original layouts to a baseline that makes videos."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rfbench import config
+from rfbench import generate as verb
+from rfbench.backbones.base import open_backbone
+from rfbench.backbones.wan import backbone as wan
+from rfbench.backbones.wan.text import key_map
+from rfbench.config import Baseline
+from rfbench.errors import UserError
+from rfbench.records import read_run
+from rfbench.train import train
+from tests.test_train import Interrupted, interrupt
+from tests.test_wan import tokenizer
+
+OPTIM = {"lr": 1.0e-3, "betas": [0.0, 0.999]}
+SAMPLER = {"steps": [1000, 500], "shift": 5.0, "cache": {"policy": "ema_sink", "window": 9, "sink": 3, "alpha": 0.9, "fold_dtype": "float32"}}
+RECIPE: dict[str, Any] = {
+    "title": "A student of Wan's size",
+    "backbone": "wan2.1-1.3b",
+    "steps": 3,
+    "batch": 2,
+    "accumulate": 2,
+    "latents": 6,
+    "optim": OPTIM,
+    "precision": {"student": "bfloat16", "teacher": "mixed", "critic": "bfloat16"},
+    "checkpointing": True,
+    "ema": {"decay": 0.5},
+    "init": {"file": "student.pt", "key": "generator", "strip": "model."},
+    "data": {"prompts": {"file": "prompts.txt"}},
+    "scores": {
+        "teacher": {"file": "teacher.pt"},
+        "guidance": 4.0,
+        "negative": "blue",
+        "generator_every": 2,
+        "critic_optim": OPTIM,
+        "score_shift": 5.0,
+    },
+    "sampler": SAMPLER,
+    "samples": {"every": 2, "prompts": ["a red kite", "a kite"], "latents": 3},
+    "log_every": 1,
+    "checkpoint_every": 1,
+}
+METHODS = {"dmd": {}, "redmd": {"reward": {"name": "toy_motion", "beta": 0.5}}}
+
+
+def halfway(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
+    """A reward of one's own: how near to grey."""
+    return -pixel_BTCHW.float().abs().mean((1, 2, 3, 4))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights on disk as their authors publish theirs, of a member that is small enough to train on one thread."""
+    (tmp_path / "rfbench.toml").write_text('[paths]\nweights = "weights"\nruns = "runs"\nreports = "reports"\n')
+    monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
+    monkeypatch.setattr(wan, "WAN_1_3B", replace(wan.REDUCED, height=32, width=48))
+    for name in ("TEXT", "TOKENIZER", "VAE"):
+        monkeypatch.setattr(wan, name, replace(getattr(wan, name), bytes=None, sha256=None))
+    folder = tmp_path / "weights" / wan.REPO
+    tokenizer(folder / wan.TOKENIZER.file)
+    for seed, name in enumerate(("teacher", "student")):
+        made = open_backbone("wan2.1-1.3b", precision="float32")
+        made.fresh(seed)
+        assert isinstance(made, wan.WanBackbone) and isinstance(made.text, wan.RandomText)
+        tensors = made.denoiser.state_dict()
+        torch.save(
+            tensors if name == "teacher" else {"generator": {f"model.{key}": value for key, value in tensors.items()}}, tmp_path / f"{name}.pt"
+        )
+    encoder = made.text._encoder.state_dict()
+    torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / wan.TEXT.file)
+    torch.save(made.vae.state_dict(), folder / wan.VAE.file)
+    (tmp_path / "prompts.txt").write_text("a red kite\na kite\nred\n")
+    return tmp_path
+
+
+def write(home: Path, method: str, **changes: Any) -> str:
+    path = home / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"method": method} | METHODS[method] | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_student_is_trained_resumed_and_makes_videos(method: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(home, method)
+    straight = train(path, name="straight")
+    with monkeypatch.context() as patch:
+        interrupt(patch, method, 3)  # in the second step: two micro-batches each
+        with pytest.raises(Interrupted):
+            train(path, name="again")
+    again = train(path, name="again")
+    for file in ("weights.safetensors", "log.jsonl", "samples/step_000002/1.mp4"):
+        assert (again / file).read_bytes() == (straight / file).read_bytes(), file
+
+    run = read_run(straight)
+    assert run.result == {"steps": 3, "updates": {"generator": 2, "critic": 3}}
+    assert set(run.inputs["files"]) == {"prompts", "text", "tokenizer", "vae"} and set(run.inputs["weights"]) == {"student", "teacher"}
+    rows = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
+    assert {"critic_loss", "critic_timestep", "grad_norm_critic"} < set(rows[1]) and "loss" in rows[0] and "loss" not in rows[1]
+    assert ("weight_ess" in rows[0]) == (method == "redmd")
+
+    before, after = torch.load(home / "student.pt")["generator"], load_file(straight / "weights.safetensors")
+    assert {f"model.{name}" for name in after} == set(before)  # original names, nothing else
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[f"model.{name}"].bfloat16().float())]
+    assert len(moved) == len(after)
+    made = config.load(Baseline, str(straight / "baseline.yaml"))
+    assert made.precision == "bfloat16" and made.weights.sha256 is not None
+    assert read_run(verb.generate(str(straight / "baseline.yaml"), "smoke", limit=1)).status == "done"
+
+
+def test_other_prompts_are_other_inputs_and_a_reward_of_ones_own_is_marked(home: Path) -> None:
+    path = write(home, "redmd", steps=1, reward={"name": "tests.test_wan_training:halfway", "beta": 0.5}, samples=None)
+    assert config.load(Baseline, str(train(path) / "baseline.yaml")).saw == ("reward.tests.test_wan_training:halfway",)
+    (home / "prompts.txt").write_text("a red kite\nred\n")
+    with pytest.raises(UserError, match=r"other inputs .*files.prompts"):
+        train(path)
+
+
+def test_a_dry_run_finds_the_one_file_that_is_missing(home: Path) -> None:
+    path = write(home, "dmd")
+    assert not train(path, dry_run=True).exists()
+    (home / "prompts.txt").unlink()
+    with pytest.raises(UserError, match=r"'prompts.txt', named by dmd.yaml, are neither"):
+        train(path, dry_run=True)
