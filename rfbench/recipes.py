@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rfbench import config, strict
 from rfbench.backbones.base import open_backbone
-from rfbench.config import Recipe, WeightsCfg
+from rfbench.config import PrecisionCfg, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
 from rfbench.records import sha256_of
@@ -118,6 +120,28 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
             f"recipe {path.name} lacks {len(problems)} files: {lacking}; put each beside the recipe or below "
             f"{config.settings().weights}, in a folder of its repository's name"
         )
+    return found
+
+
+def memory(cfg: Recipe) -> dict[str, int]:
+    """Bytes that each network of a recipe takes in training, by what is known before anything is loaded.
+
+    A trained weight is stored once, copied in float32 if that is more, and has a gradient and AdamW's two moments in float32; the student's
+    has an average. Activations, autoencoder, text encoder and reward come on top.
+    """
+    precision = cfg.precision or PrecisionCfg()
+
+    def bytes_of(backbone: str, stored: str | None, trained: bool, average: bool = False) -> int:
+        model = open_backbone(backbone, precision=stored).denoiser
+        if model.head.head.weight.is_meta:  # settles its dtypes when weights come in
+            model.store(torch.float32 if stored == "float32" else torch.bfloat16)
+        sizes = [(weight.numel(), weight.element_size()) for weight in model.parameters()]
+        return sum(count * (size + trained * (12 + 4 * (size < 4) + 4 * average)) for count, size in sizes)
+
+    found = {"student": bytes_of(cfg.backbone, precision.student, True, cfg.ema is not None)}
+    if cfg.scores is not None:
+        found["critic"] = bytes_of(cfg.backbone, precision.critic, True)
+        found["teacher"] = bytes_of(cfg.scores.teacher_backbone or cfg.backbone, precision.teacher, False)
     return found
 
 

@@ -27,8 +27,8 @@ from rfbench.data import OdePairs, Prompts, draw_clips, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch, Method
 from rfbench.methods.redmd import effective_share
-from rfbench.progress import Progress
-from rfbench.recipes import check, inputs_of, locate
+from rfbench.progress import Progress, say
+from rfbench.recipes import check, inputs_of, locate, memory
 from rfbench.registry import pick
 from rfbench.reward import JUDGED
 from rfbench.sampler import generate
@@ -36,6 +36,7 @@ from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
 from rfbench.weights import Ema, read_file, save
 
+BESIDE = "activations, autoencoder, text encoder and reward come on top"
 KEPT = 2  # checkpoints; the older one is there in case the newer one's disk goes bad
 BINS = 10  # of timestep histograms, between 0 and 1000
 
@@ -57,6 +58,10 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
     check(cfg)
     name = name or config.name_of(recipe)
     directory = config.settings().runs / "train" / name
+    if dry_run:
+        plan = memory(cfg)
+        each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
+        say(f"memory: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
     sources = locate(cfg, path)
     if dry_run:
         return directory

@@ -19,7 +19,7 @@ from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch
 from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
-from rfbench.recipes import files, inputs_of
+from rfbench.recipes import files, inputs_of, memory
 from rfbench.reward import reward_of
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
@@ -255,6 +255,19 @@ def test_a_dry_run_names_everything_that_is_missing(name: str) -> None:
     sentence, cfg = str(raised.value), config.load(Recipe, name)
     wanted = {"student", "prompts", "text", "tokenizer", "vae"} | ({"teacher"} if cfg.scores else set()) | ({"reward"} if cfg.reward else set())
     assert all(f"{role} (" in sentence for role in wanted) and "\n" not in sentence and raised.value.code == 2
+
+
+def test_memory_is_counted_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    """1.419e9 weights of the 1.3B model and 14.29e9 of the 14B one: 2 + 4 + 4 + 8 + 4 bytes of each of the student's in bfloat16, 4 less of
+    the critic's, 2 of the teacher's and a little for its float32 islands."""
+    plan = memory(config.load(Recipe, "wan/reward-forcing"))
+    assert plan["student"] == pytest.approx(22 * 1.419e9, rel=1e-3) and plan["critic"] * 22 == plan["student"] * 18
+    assert plan["teacher"] == pytest.approx(2 * 14.29e9, rel=0.02) and plan["teacher"] > 2 * 14.288e9
+    with pytest.raises(UserError):
+        train("wan/self-forcing", dry_run=True)
+    assert "memory: student 29.1 GiB, critic 23.8 GiB, teacher" in capsys.readouterr().err
+    toy = memory(config.load(Recipe, "toy/self-forcing"))
+    assert toy["critic"] == 4 * toy["teacher"] and toy["student"] == 5 * toy["teacher"]
 
 
 def test_the_release_differs_from_the_paper_where_it_says_so() -> None:
