@@ -49,5 +49,5 @@ def rotations(frames: tuple[int, ...], height: int, width: int, head_dim: int, d
 
 def rotate(x_BSHD: Tensor, rotation_S1D: Tensor) -> Tensor:
     """Rotate adjacent pairs of the head by their position, in float32."""
-    pairs = torch.view_as_complex(x_BSHD.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation_S1D).flatten(-2).to(x_BSHD.dtype)
+    pairs = torch.view_as_complex(x_BSHD.float().view(*x_BSHD.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * rotation_S1D).view(x_BSHD.shape).to(x_BSHD.dtype)

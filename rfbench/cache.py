@@ -9,7 +9,8 @@ Shapes: B batch, S tokens of the new frames, K tokens of all attended frames, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,12 @@ def plan(cfg: CacheCfg, held: int, new: int, stay: tuple[int, ...] = ()) -> Plan
     return POLICIES[cfg.policy](held, new, **{name: value for name, value in settings.items() if value is not None})
 
 
+def runs(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """(first, last + 1) of each stretch of rows in which every number is one more than in the row before."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != tuple(number + 1 for number in rows[i - 1])]
+    return list(itertools.pairwise([*starts, len(rows)]))
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """Sizes that a denoiser's cache has; `latents` is the longest clip, needed by policy `full` alone."""
@@ -124,6 +131,9 @@ class KVCache:
         self.frames = 0  # frames that ever began
         self.shot: int | None = None  # frame that the shot began with; None: the clip's first shot, whose sink is the clip's
         self.offset = 0  # frames by which positions are ahead of numbers
+        self.rotation = torch.empty(0)  # of the chunk in work
+        self.places: list[tuple[int, int, slice]] = []  # where its frames go, see `_runs`
+        self.used = 0  # tokens that it attends to: slots are handed out lowest first, so they are the first ones
 
     def begin(self, frames: int, *, cut: bool = False) -> None:
         """Make room for a chunk of `frames` frames: evict, fold, renumber.
@@ -156,6 +166,9 @@ class KVCache:
             self._rotate(len(kept))
         self.chunk = frames
         self.frames += frames
+        self.rotation = self._rotation(len(kept), len(self.held), self.values[0].device)
+        self.places = self._runs(self.held[len(kept) :])
+        self.used = (len(self.held) + self._empty()) * self.tokens
 
     def rewind(self) -> list[int]:
         """Forget all frames but the sink's, so that they can be brought in again; their numbers in the clip, in order."""
@@ -174,23 +187,25 @@ class KVCache:
         Returns:
             queries [B, S, H, D], keys [B, K, H, D], values [B, K, H, D].
         """
-        held, first = len(self.held), len(self.held) - self.chunk
-        empty = max(0, (self.cfg.sink or 0) - held) if self.cfg.empty_sink == "attended" else 0
-        rotation = self._rotation(first, held, q_BSHD.device)
-        queries, keys = rotate(q_BSHD, rotation), rotate(k_BSHD, rotation)
-        new = self.held[first:]
+        queries, keys = rotate(q_BSHD, self.rotation), rotate(k_BSHD, self.rotation)
         if torch.is_grad_enabled():
+            first = len(self.held) - self.chunk
             if self.gradients == "in_place":
-                self._trace(layer, new, k_BSHD if self.cfg.rope == "relative" else keys, v_BSHD)
+                self._trace(layer, self.held[first:], k_BSHD if self.cfg.rope == "relative" else keys, v_BSHD)
             past_k, past_v = self._past(layer, first)
-            nothing = [torch.zeros_like(keys[:, : self.tokens])] * empty
+            nothing = [torch.zeros_like(keys[:, : self.tokens])] * self._empty()
             return queries, torch.cat([*past_k, keys, *nothing], 1), torch.cat([*past_v, v_BSHD, *nothing], 1)
-        self._write(self.rotated[layer], new, keys)
-        self._write(self.values[layer], new, v_BSHD)
+        written = [(self.rotated[layer], keys), (self.values[layer], v_BSHD)]
         if self.cfg.rope == "relative":
-            self._write(self.raw[layer], new, k_BSHD)
-        used = (held + empty) * self.tokens  # slots are handed out lowest first, so the used ones are the first ones, and zeros come behind them
-        return queries, self.rotated[layer][:, :used], self.values[layer][:, :used]
+            written.append((self.raw[layer], k_BSHD))
+        for buffer, new in written:
+            for first, last, slots in self.places:
+                buffer[:, slots] = new[:, first * self.tokens : last * self.tokens]
+        return queries, self.rotated[layer][:, : self.used], self.values[layer][:, : self.used]
+
+    def _empty(self) -> int:
+        """Slots of the sink that no frame fills yet, where those are attended to: they hold zeros, right behind the held ones."""
+        return max(0, (self.cfg.sink or 0) - len(self.held)) if self.cfg.empty_sink == "attended" else 0
 
     def _rotation(self, first: int, last: int, device: torch.device) -> Tensor:
         positions = tuple(range(first, last)) if self.cfg.rope == "relative" else tuple(number + self.offset for number in self.numbers[first:last])
@@ -207,18 +222,20 @@ class KVCache:
         """sink = alpha sink + (1 - alpha) evicted, raw keys and values alike; the average is kept in `fold_dtype`."""
         assert self.cfg.fold_dtype is not None and self.cfg.sink is not None
         dtype = getattr(torch, self.cfg.fold_dtype)
-        for gone, logical in pairs:
-            evicted, sink = self.held[gone], self.held[logical]
+        rows = [(self.held[gone], self.held[logical], logical) for gone, logical in pairs]
+        for first, last in runs(rows):
+            evicted, sink, logical = (self._tokens(number, last - first) for number in rows[first])
             for layer, (keys, values) in enumerate(zip(self.raw, self.values, strict=True)):
                 if len(self.sinks) <= layer:
                     self.sinks.append(
                         (self._gather(keys, self.held[: self.cfg.sink]).to(dtype), self._gather(values, self.held[: self.cfg.sink]).to(dtype))
                     )
                 for buffer, average in zip((keys, values), self.sinks[layer], strict=True):
-                    part = average[:, self._tokens(logical)]
-                    part.mul_(alpha).add_(buffer[:, self._tokens(evicted)].to(dtype) * (1 - alpha))
-                    buffer[:, self._tokens(sink)] = part.to(buffer.dtype)
-            self._merge_traces(evicted, sink, alpha)
+                    part = average[:, logical]
+                    part.mul_(alpha).add_(buffer[:, evicted].to(dtype) * (1 - alpha))
+                    buffer[:, sink] = part.to(buffer.dtype)
+        for gone, kept, _ in rows:
+            self._merge_traces(gone, kept, alpha)
 
     def _merge_traces(self, gone: int, sink: int, alpha: float) -> None:
         """The sink's gradient flows to both of which it is the average; a frame without a trace takes none."""
@@ -254,20 +271,10 @@ class KVCache:
 
     def _runs(self, slots: list[int]) -> list[tuple[int, int, slice]]:
         """Neighbouring physical slots as one piece: (first, last + 1) in the given list, and their tokens."""
-        runs: list[tuple[int, int, slice]] = []
-        start = 0
-        for i in range(1, len(slots) + 1):
-            if i == len(slots) or slots[i] != slots[i - 1] + 1:
-                runs.append((start, i, self._tokens(slots[start], i - start)))
-                start = i
-        return runs
+        return [(first, last, self._tokens(slots[first], last - first)) for first, last in runs([(slot,) for slot in slots])]
 
     def _read(self, buffer: Tensor, slots: list[int]) -> list[Tensor]:
         return [buffer[:, tokens] for _, _, tokens in self._runs(slots)] if slots else []
 
     def _gather(self, buffer: Tensor, slots: list[int]) -> Tensor:
         return torch.cat(self._read(buffer, slots), 1)
-
-    def _write(self, buffer: Tensor, slots: list[int], new_BSHD: Tensor) -> None:
-        for first, last, tokens in self._runs(slots):
-            buffer[:, tokens] = new_BSHD[:, first * self.tokens : last * self.tokens]

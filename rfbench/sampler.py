@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfbench.backbones.base import Backbone, latent_frames
-from rfbench.backbones.wan.dit import TextKV
+from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts
 from rfbench.cache import CacheShape, Gradients, KVCache
 from rfbench.config import SamplerCfg
 from rfbench.forcing import force
@@ -88,6 +88,7 @@ def stream(
     cache_gradients: Gradients = "detached",
     mark: Callable[[str], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    shortcuts: Shortcuts = SHORTCUTS,
 ) -> Iterator[Chunk]:
     """Make a batch of clips of `latents` latent frames, chunk by chunk, at constant memory.
 
@@ -106,6 +107,7 @@ def stream(
         cache_gradients: training: whether cached keys and values carry gradients, see `KVCache` (D-34).
         mark: called with "begin", "denoised" and "cached" as each chunk passes that point, for timers.
         watch: called with the noisy latents that each step starts from, for trajectories.
+        shortcuts: work that passes without gradients leave out; the video is the same with and without.
 
     Yields:
         the clean chunks in order. The caller's work on a chunk comes before its clean pass, so pixels leave as early as they can.
@@ -148,21 +150,22 @@ def stream(
             start += x0.shape[1]
         return
     caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
-    # One timestep for all clips: a product with a single row rounds otherwise than one with a row per clip.
-    times = {step: torch.full((1, 1), step, dtype=torch.float64, device=device) for step in (*steps, 0.0)}
+    held: Sequence[KVCache | None] = caches or [None] * len(given)
+    lean = LeanDiT(model, shortcuts)
     due = list(switches)
     context: dict[int, Tensor] = {}  # while a switch is to come: what the clean passes of the cached chunks saw
 
     def flow(x_BFCHW: Tensor, step: float, grad: bool = False) -> Tensor:
         with torch.set_grad_enabled(grad):
-            # Under autograd the text projections must be recomputed, or their weights would get no gradient (D-35).
-            keys_values: Sequence[Tensor | TextKV] = given if grad else texts
-            held: Sequence[KVCache | None] = caches or [None] * len(given)
-            outs = [model(x_BFCHW, times[step], text, cache=cache) for text, cache in zip(keys_values, held, strict=True)]
+            if grad:  # the text projections must be recomputed, or their weights would get no gradient (D-35)
+                outs = [model(x_BFCHW, at(step), text, cache=cache) for text, cache in zip(given, held, strict=True)]
+            else:
+                outs = [lean(x_BFCHW, step, text, cache) for text, cache in zip(texts, held, strict=True)]
             return outs[0] if len(outs) == 1 else outs[1] + cfg.guidance * (outs[0] - outs[1])
 
-    def at(sigma: float) -> Tensor:
-        return torch.full((1, 1), sigma, dtype=torch.float64, device=device)
+    def at(value: float) -> Tensor:
+        """One timestep or sigma for all clips: a product with a single row rounds otherwise than one with a row per clip."""
+        return torch.full((1, 1), value, dtype=torch.float64, device=device)
 
     def switch(text_BLE: Tensor) -> None:
         given[0] = text_BLE
@@ -173,7 +176,7 @@ def stream(
             for chunk, numbers in itertools.groupby(caches[0].rewind(), key=lambda number: number // length):
                 again = [number - chunk * length for number in numbers]
                 caches[0].begin(len(again))
-                model(context[chunk][:, again], times[0.0], texts[0], cache=caches[0])
+                lean.fill(context[chunk][:, again], texts[0], caches[0])
 
     for index in range(latents // length):
         start = index * length
@@ -207,7 +210,8 @@ def stream(
         yield Chunk(index, start, x0)
         if start + length < latents:
             clean = add_noise(x0.detach(), noise(length), at(cfg.context_noise)) if cfg.context_noise else x0.detach()
-            flow(clean, 0.0)
+            for text, cache in zip(texts, caches, strict=True):
+                lean.fill(clean, text, cache)
             if due and not shots:
                 cached = {number // length for number in caches[0].numbers}
                 context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}

@@ -37,7 +37,7 @@ from rfbench.schedule import Schedule, add_noise, flow_to_x0, x0_to_flow
 from rfbench.videoreward import frames
 from rfbench.videoreward.model import CHAT, question
 from rfbench.videoreward.network import Tokens, VideoRewardCfg, VideoRewardNet, load_network
-from tests.tiny import Tiny, distance
+from tests.tiny import Tiny, distance, observe
 
 FOLDER = Path(os.environ.get("RFBENCH_GOLDEN", Path(__file__).parent / "golden"))
 TOLERANCE = 1e-5
@@ -231,7 +231,7 @@ def test_schedule(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", cases(KINDS[3]))
-def test_sampler(path: Path) -> None:
+def test_sampler(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = read(path)
     about, chunk = case.about["variant"], case.about["variant"]["num_frame_per_block"]
     given, frames = case.tensors.get("in.initial_latent"), case["out.latents"].shape[1]
@@ -247,11 +247,10 @@ def test_sampler(path: Path) -> None:
 
     calls: list[tuple[float, int, Tensor, Tensor]] = []  # timestep, first frame, noisy chunk, flow
 
-    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], flow: Tensor) -> None:
-        held: KVCache = kwargs["cache"]
-        calls.append((float(args[1].flatten()[0]), held.frames - held.chunk, args[0], flow))
+    def record(x: Tensor, t: float, held: KVCache, flow: Tensor) -> None:
+        calls.append((t, held.frames - held.chunk, x, flow))
 
-    model.register_forward_hook(record, with_kwargs=True)
+    observe(monkeypatch, record)
     supply = []
     for number, noise in enumerate(case["in.noise"].split(chunk, dim=1)):
         supply += [noise, *(case["in.renoise"][number].unflatten(1, (batch, chunk)) if len(steps) > 1 else ())]

@@ -17,7 +17,7 @@ from rfbench.cache import KVCache
 from rfbench.config import CacheCfg, RerollCfg, SamplerCfg
 from rfbench.errors import UserError
 from rfbench.sampler import cache_shape, clip_noise, generate, latent_at, stream, timesteps
-from tests.tiny import Tiny, distance, normal
+from tests.tiny import Tiny, distance, normal, observe
 
 FULL, WINDOW = CacheCfg("full", rope="absolute"), CacheCfg("window", window=6)
 STUDENT = SamplerCfg((1000, 750, 500, 250), 5.0, chunk=3, cache=FULL)
@@ -112,10 +112,10 @@ def test_noise_is_drawn_at_a_chunks_start_before_later_steps_and_for_the_context
 
 
 @torch.no_grad()
-def test_work_is_done_when_it_is_asked_for_and_no_more() -> None:
+def test_work_is_done_when_it_is_asked_for_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels can leave before a chunk's clean pass, and nobody caches the last chunk."""
     tiny, events = Tiny(), list[str]()
-    tiny.denoiser.register_forward_hook(lambda module, args, flow: events.append(f"pass {float(args[1].flatten()[0]):.0f}"))
+    observe(monkeypatch, lambda x, t, cache, flow: events.append(f"pass {t:.0f}"))
     chunks = stream(tiny, tiny.encode_text(PROMPTS), 6, replace(STUDENT, steps=(1000, 500)), Noise(), mark=events.append)
     assert events == []
     first = next(chunks)
@@ -194,15 +194,14 @@ def test_gradients_begin_at_the_chunk_that_is_asked_for() -> None:
 
 
 @torch.no_grad()
-def test_memory_does_not_grow_with_length() -> None:
+def test_memory_does_not_grow_with_length(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, held = Tiny(), list[int]()
 
-    def weigh(module: Any, args: Any, kwargs: dict[str, Any], flow: Tensor) -> None:
-        cache: KVCache = kwargs["cache"]
+    def weigh(x: Tensor, t: float, cache: KVCache, flow: Tensor) -> None:
         buffers = {t.data_ptr(): t.numel() for t in (*cache.raw, *cache.rotated, *cache.values, *(t for pair in cache.sinks for t in pair))}
         held.append(sum(buffers.values()))
 
-    tiny.denoiser.register_forward_hook(weigh, with_kwargs=True)
+    observe(monkeypatch, weigh)
     cfg = replace(STUDENT, steps=(1000,), cache=CacheCfg("ema_sink", window=9, sink=3, alpha=0.99, fold_dtype="float32"))
     frame = 2 * 6 * 24  # clips, tokens, width
     for latents in (15, 60):
@@ -290,21 +289,20 @@ CACHES = {
 
 @pytest.mark.parametrize("name", CACHES)
 @torch.no_grad()
-def test_at_a_switch_the_cached_frames_are_passed_again_with_the_new_text_and_the_sink_is_not(name: str) -> None:
+def test_at_a_switch_the_cached_frames_are_passed_again_with_the_new_text_and_the_sink_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a fresh cache that gets the old sink and then, chunk by chunk, the same frames with the new text."""
     tiny, cfg, frames = Tiny(), replace(STUDENT, steps=(1000, 500), cache=CACHES[name], context_noise=0.1), 12
     clean: list[Tensor] = []  # what clean passes saw
     used: list[KVCache] = []
 
-    def record(module: Any, args: Any, kwargs: Any, flow: Tensor) -> None:
-        used.append(kwargs["cache"])
-        if float(args[1].flatten()[0]) == 0.0:
-            clean.append(args[0])
+    def record(x: Tensor, t: float, cache: KVCache, flow: Tensor) -> None:
+        used.append(cache)
+        if t == 0.0:
+            clean.append(x)
 
-    handle = tiny.denoiser.register_forward_hook(record, with_kwargs=True)
+    observe(monkeypatch, record)
     parts = stream(tiny, tiny.encode_text(PROMPTS), frames + 3, cfg, Noise(), switches=[(frames, PROMPT)])
     latents = torch.cat([next(parts).latent_BFCHW for _ in range(5)], 1)
-    handle.remove()
     found, seen = used[-1], torch.cat(clean[:4], 1)
     assert distance(seen, latents[:, :frames]) > 1e-2  # context noise
 

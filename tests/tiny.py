@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.backbones.wan.lean import LeanDiT
+from rfbench.cache import KVCache
 from rfbench.config import WeightsCfg
 from rfbench.weights import load_into
 
@@ -76,3 +79,20 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     gap, size = (found.double() - wanted.double()).norm(), wanted.double().norm()
     result = float(gap / size) if size else float(gap)
     return result if result == result else float("inf")
+
+
+def observe(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, float, KVCache, Tensor], None]) -> None:
+    """Hear of every pass of a stream without gradients, once it is over: its frames, timestep, cache and flow; a clean pass gives none."""
+    call, fill = LeanDiT.__call__, LeanDiT.fill
+
+    def noisy(lean: LeanDiT, x: Tensor, t: float, text: Any, cache: KVCache) -> Tensor:
+        flow = call(lean, x, t, text, cache)
+        told(x, t, cache, flow)
+        return flow
+
+    def clean(lean: LeanDiT, x: Tensor, text: Any, cache: KVCache) -> None:
+        fill(lean, x, text, cache)
+        told(x, 0.0, cache, x[:0])
+
+    monkeypatch.setattr(LeanDiT, "__call__", noisy)
+    monkeypatch.setattr(LeanDiT, "fill", clean)

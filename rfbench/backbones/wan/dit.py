@@ -213,11 +213,8 @@ class WanDiT(nn.Module):
             flow [B, F, C, H, W].
         """
         height, width = x_BFCHW.shape[-2] // self.cfg.patch[1], x_BFCHW.shape[-1] // self.cfg.patch[2]
-        x_BFNM = self._embed_patches(x_BFCHW)
-        time = self.time_embedding(timestep_embedding(t_BF, self.cfg.freq_dim))
-        six = self.time_projection(time).unflatten(-1, (6, -1))
-        if self.cfg.fps is not None:
-            six = six + self.fps_projection(self.fps_embedding.weight[int(self.cfg.fps != 16)]).unflatten(-1, (6, -1))
+        x_BFNM = self.embed_patches(x_BFCHW)
+        time, six = self.embed_time(t_BF)
         keys_values = self.text_kv(text) if isinstance(text, Tensor) else text
         if cache is None:
             rotation = rotations(tuple(range(x_BFNM.shape[1])), height, width, self.cfg.head_dim, x_BFNM.device)
@@ -226,20 +223,29 @@ class WanDiT(nn.Module):
             scope = Scope(cache=cache)
         for block, text_kv in zip(self.blocks, keys_values, strict=True):
             x_BFNM = block(x_BFNM, six, text_kv, scope)
-        return self._unpatch(self.head(x_BFNM, time), height, width)
+        return self.unpatch(self.head(x_BFNM, time), height, width)
 
-    def _embed_patches(self, x_BFCHW: Tensor) -> Tensor:
-        """The patches' convolution as the matrix product that it is: faster, and the same bits for one clip and for many."""
-        frames, rows, columns = self.cfg.patch
-        x = x_BFCHW.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(1, (-1, frames))
-        patches = x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(2, 3)
+    def embed_time(self, t_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """What timesteps do to the head, [B, F, M], and to every block, [B, F, 6, M], before the tables of these are added."""
+        time = self.time_embedding(timestep_embedding(t_BF, self.cfg.freq_dim))
+        six = self.time_projection(time).unflatten(-1, (6, -1))
+        if self.cfg.fps is not None:
+            six = six + self.fps_projection(self.fps_embedding.weight[int(self.cfg.fps != 16)]).unflatten(-1, (6, -1))
+        return time, six
+
+    def embed_patches(self, x_BFCHW: Tensor) -> Tensor:
+        """Tokens [B, F, N, M]. The patches' convolution as the matrix product that it is: faster, and the same bits for one clip and for many."""
+        (batch, length, channels, height, width), (frames, rows, columns) = x_BFCHW.shape, self.cfg.patch
+        x = x_BFCHW.reshape(batch, length // frames, frames, channels, height // rows, rows, width // columns, columns)
+        patches = x.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(batch, length // frames, height // rows * (width // columns), -1)
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def _unpatch(self, x_BFNO: Tensor, height: int, width: int) -> Tensor:
-        _, rows, columns = self.cfg.patch
-        x = x_BFNO.unflatten(-1, (rows, columns, self.cfg.out_dim)).unflatten(2, (height, width))
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(*x_BFNO.shape[:2], self.cfg.out_dim, height * rows, width * columns)
+    def unpatch(self, x_BFNO: Tensor, height: int, width: int) -> Tensor:
+        """Frames [B, F, C, H, W] of what the head makes of tokens, `height` rows of `width`."""
+        (batch, length), (_, rows, columns) = x_BFNO.shape[:2], self.cfg.patch
+        x = x_BFNO.reshape(batch, length, height, width, rows, columns, self.cfg.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, length, self.cfg.out_dim, height * rows, width * columns)
 
 
 def block_causal_mask(frames: int, tokens: int, chunk: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,0 +1,131 @@
+"""The DiT for streaming against the DiT for everything else: every shortcut alone, with a cache and without, in float32 and with islands."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfbench.attention import attend
+from rfbench.backbones.wan import lean as module
+from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
+from rfbench.cache import CacheShape, KVCache
+from rfbench.config import CacheCfg
+from tests.tiny import distance, normal
+
+CFG = DiTCfg(dim=48, ffn_dim=96, num_heads=4, num_layers=3, text_dim=16, text_len=8, in_dim=4, out_dim=4, freq_dim=32)
+NAMES = [field.name for field in dataclasses.fields(Shortcuts)]
+NONE = Shortcuts(**dict.fromkeys(NAMES, False))
+CASES = [NONE, *(replace(NONE, **{name: True}) for name in NAMES), Shortcuts()]
+TEXT = normal(2, 8, 16, seed=1)
+
+
+def made(cfg: DiTCfg = CFG, dtype: torch.dtype = torch.float32) -> WanDiT:
+    model, rng = WanDiT(cfg), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+    model.store(dtype)
+    return model.requires_grad_(False)
+
+
+def cache(dtype: torch.dtype = torch.float32) -> KVCache:
+    cfg = CacheCfg("ema_sink", window=5, sink=1, alpha=0.9, fold_dtype="float32", rope="relative")
+    return KVCache(cfg, CacheShape(3, 2, 4, 12, 2, 3, 8), dtype=dtype, device=torch.device("cpu"))
+
+
+def latents(seed: int) -> Tensor:
+    return normal(2, 2, 4, 4, 6, seed=seed)
+
+
+def streamed(model: WanDiT, shortcuts: Shortcuts | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Flows of four chunks, two timesteps each, by the lean DiT, or without shortcuts to speak of by the plain one."""
+    held, text, flows = cache(dtype), model.text_kv(TEXT), []
+    lean = LeanDiT(model, shortcuts or NONE)
+    for chunk in range(4):
+        held.begin(2)
+        for step in (1000.0, 437.5):
+            x = latents(chunk)
+            flows.append(lean(x, step, text, held) if shortcuts else model(x, torch.full((1, 1), step), text, cache=held))
+        if shortcuts:
+            lean.fill(latents(chunk), text, held)
+        else:
+            model(latents(chunk), torch.zeros(1, 1), text, cache=held)
+    return torch.cat(flows, 1)
+
+
+@pytest.mark.parametrize("shortcuts", CASES, ids=["none", *NAMES, "all"])
+@torch.no_grad()
+def test_streaming_passes_are_those_of_the_plain_network(shortcuts: Shortcuts) -> None:
+    model = made()
+    assert distance(streamed(model, shortcuts), streamed(model, None)) <= 1e-6
+    x, text = latents(0), model.text_kv(TEXT)
+    assert distance(LeanDiT(model, shortcuts)(x, 250.0, text, None), model(x, torch.full((1, 1), 250.0), text)) <= 1e-6
+
+
+@torch.no_grad()
+def test_the_frame_rate_counts_here_too() -> None:
+    wanted = {fps: streamed(made(replace(CFG, fps=fps)), None) for fps in (16, 24)}
+    assert distance(streamed(made(replace(CFG, fps=24)), Shortcuts()), wanted[24]) <= 1e-6
+    assert distance(wanted[16], wanted[24]) > 1e-3
+
+
+@pytest.mark.parametrize("islands", [False, True])
+@torch.no_grad()
+def test_in_bfloat16_the_shortcuts_are_as_near_to_float32_as_the_plain_network(islands: bool) -> None:
+    rounded = made(replace(CFG, islands=islands), torch.bfloat16)
+    exact = made(replace(CFG, islands=islands), torch.bfloat16)
+    exact.store(torch.float32)  # the same rounded weights
+    wanted = streamed(exact, None)
+    plain, short = (distance(streamed(rounded, shortcuts, torch.bfloat16), wanted) for shortcuts in (None, Shortcuts()))
+    assert short <= 1.1 * plain
+
+
+@torch.no_grad()
+def test_the_clean_pass_stops_at_the_last_layers_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self and cross attention of all layers but the last; and what it leaves in the cache is the same."""
+    model, calls = made(), list[int]()
+
+    def told(*args: Tensor) -> Tensor:
+        calls.append(1)
+        return attend(*args)
+
+    monkeypatch.setattr(module, "attend", told)
+    held = {short: cache() for short in (False, True)}
+    for short, each in held.items():
+        calls.clear()
+        each.begin(2)
+        LeanDiT(model, replace(NONE, context=short)).fill(latents(0), model.text_kv(TEXT), each)
+        assert len(calls) == (4 if short else 6)
+    for name in ("rotated", "raw", "values"):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(getattr(held[True], name), getattr(held[False], name), strict=True))
+
+
+@torch.no_grad()
+def test_a_timestep_is_embedded_once_per_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(), list[float]()
+    own = model.embed_time
+
+    def told(t: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(float(t))
+        return own(t)
+
+    monkeypatch.setattr(model, "embed_time", told)
+    streamed(model, Shortcuts())
+    assert sorted(calls) == [0.0, 437.5, 1000.0]
+    calls.clear()
+    streamed(model, NONE)
+    assert len(calls) == 12
+
+
+@torch.no_grad()
+def test_a_clip_has_the_same_bits_alone_as_beside_others() -> None:
+    model = made()
+    lean, text = LeanDiT(model, Shortcuts()), model.text_kv(TEXT)
+    together = lean(latents(0), 500.0, text, None)
+    for i in range(2):
+        own = [(k[i : i + 1], v[i : i + 1]) for k, v in text]
+        assert torch.equal(lean(latents(0)[i : i + 1], 500.0, own, None), together[i : i + 1])
