@@ -20,6 +20,7 @@ import typer
 from rfbench import config
 from rfbench.config import Baseline, Recipe, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.settings import settings
 
 app = typer.Typer(
     help="Train, run, score and time streaming video generators under one protocol.",
@@ -46,7 +47,7 @@ def _suite_names() -> list[str]:
 
 def _runs() -> dict[str, Path]:
     """Name -> directory of the bench runs that there are: `<baseline>/<suite>`."""
-    home = config.settings().runs / "bench"
+    home = settings().runs / "bench"
     return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
 
 
@@ -205,7 +206,7 @@ def report(
     from rfbench import report as verb
 
     directories = [_run(run) for run in runs or []]
-    folder = config.settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
+    folder = settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
     _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check), as_json)
 
 
@@ -285,7 +286,7 @@ def _run(name_or_path: str) -> Path:
     Raises:
         UserError: there is no run of that name and no run in that directory.
     """
-    for path in (Path(name_or_path), config.settings().runs / "bench" / name_or_path):
+    for path in (Path(name_or_path), settings().runs / "bench" / name_or_path):
         if (path / "run.json").is_file():
             return path
     raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, _runs())}")

@@ -16,6 +16,7 @@ from rfbench import config, provenance
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import atomic
+from rfbench.settings import HOME, settings, settings_file
 
 ROOM = 2 * 2**30  # bytes: a study at toy size writes less than a tenth of it
 
@@ -59,9 +60,9 @@ def _checkout() -> Iterator[Check]:
 
 
 def _settings() -> Iterator[Check]:
-    config.settings()
-    found = config.settings_file()
-    yield Check("rfbench.toml", "ok", "the checkout's" if found == config.HOME / "rfbench.toml" else str(found or "none: defaults"))
+    settings()
+    found = settings_file()
+    yield Check("rfbench.toml", "ok", "the checkout's" if found == HOME / "rfbench.toml" else str(found or "none: defaults"))
 
 
 def _torch() -> Iterator[Check]:
@@ -82,7 +83,7 @@ def _gpu() -> Iterator[Check]:
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         name, state = hardware.name(torch.device("cuda", i)), hardware.state(torch.device("cuda", i))
-        if name in config.settings().hardware:
+        if name in settings().hardware:
             told = state.get("nvidia-smi") or f"driver {state['driver_version']}, power limit {state['power.limit']} W"
             yield Check("gpu", "ok", f"{device.name}, {device.total_memory / 2**30:.0f} GiB, called {name}; {told}")
         else:
@@ -101,7 +102,7 @@ def _memory() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    runs = config.settings().runs
+    runs = settings().runs
     with atomic(runs / "doctor.txt") as probe:
         probe.write_text("written and renamed", encoding="utf-8")
     (runs / "doctor.txt").unlink()

@@ -27,11 +27,12 @@ from rich.filesize import decimal
 from rich.prompt import Confirm
 from rich.table import Table
 
-from rfbench import config, weights
+from rfbench import weights
 from rfbench.config import Baseline, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, sha256_of
+from rfbench.settings import settings
 
 SHA256 = re.compile("[0-9a-f]{64}")
 INDEX = "*.safetensors.index.json"
@@ -63,7 +64,7 @@ class Item:
     @property
     def path(self) -> Path:
         """Where it belongs."""
-        return config.settings().weights / self.repo / self.file
+        return settings().weights / self.repo / self.file
 
 
 LICENCES = {"Wan-AI/Wan2.1-T2V-1.3B": "apache-2.0", "Wan-AI/Wan2.2-TI2V-5B": "apache-2.0"}  # of what backbones take from there
@@ -144,7 +145,7 @@ def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = Fals
         for source in todo:
             _bring(source)
         for item in items:
-            if item.several and not right(config.settings().weights / item.repo, item):
+            if item.several and not right(settings().weights / item.repo, item):
                 raise UserError(f"{item.path}: each file is whole, but together they are not what is asked for: other size or sha256", code=1)
     return [item.path for item in items]
 
@@ -167,7 +168,7 @@ def find(item: Item, mirror: Path | None) -> list[Source]:
     Raises:
         UserError: nowhere (code 1).
     """
-    store = config.settings().weights / item.repo
+    store = settings().weights / item.repo
     if files := right(store, item):
         return [Source(_single(item, store, file), file.stat().st_size, "in place", there=True) for file in files]
     if mirror is not None:
@@ -225,7 +226,7 @@ def _on_hub(item: Item) -> list[Source]:
         if not item.several and (item.bytes not in (None, size) or (digest and item.sha256 not in (None, digest))):
             raise UserError(f"{file} of {item.repo} is not the one that is asked for: it has {size} bytes and version {etag[:12]}...", code=1)
         single = replace(item, file=file, bytes=size, sha256=digest or (None if item.several else item.sha256))
-        there = bool(right(config.settings().weights / item.repo, single))
+        there = bool(right(settings().weights / item.repo, single))
         found.append(Source(single, size, "in place" if there else "hub", there=there, etag=etag))
     return found
 
@@ -331,14 +332,14 @@ def _existing(path: Path) -> Path:
 
 
 def _refuse_full_disk(todo: Sequence[Source]) -> None:
-    store, needed = config.settings().weights, sum(source.room for source in todo)
+    store, needed = settings().weights, sum(source.room for source in todo)
     free = shutil.disk_usage(_existing(store / "x")).free
     if needed > free:
         raise UserError(f"{store} has {_size(free)} free and this takes {_size(needed)}; free space or set paths.weights in rfbench.toml", code=1)
 
 
 def _show(sources: Sequence[Source]) -> None:
-    store, todo = config.settings().weights, [source for source in sources if not source.there]
+    store, todo = settings().weights, [source for source in sources if not source.there]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "size", "licence", "gated", "checked by", "from"):
         table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from rfbench import attention, baselines, config, provenance, records, sampler, strict, suites, video
+from rfbench import attention, baselines, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import Backbone
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.progress import Progress, say
 from rfbench.records import RANDOM, Clip
+from rfbench.settings import settings
 from rfbench.suites import Prompt, Suite, clip_id, clip_seed
 
 TOKENS = 600  # of a pass, all its clips together: 16 clips of a toy chunk take a third of the time of 16 single ones, and more gain nothing
@@ -62,7 +63,7 @@ def generate(
     latents = ready.latents(frames, f"suite '{asked.name}'")
     items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
     mine = items if shard is None else suites.shard(items, shard)
-    directory = config.settings().runs / "bench" / ready.name / asked.name
+    directory = settings().runs / "bench" / ready.name / asked.name
     inputs = ready.inputs() | {"suite": strict.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
     if dry_run:
         say(f"{len(mine)} clips of {frames} frames, {len(records.read_clips(directory))} rows are there")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rfbench import config
+from rfbench.settings import settings
 
 ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Celsius
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
@@ -22,7 +22,7 @@ ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Ce
 
 def name(device: torch.device) -> str:
     """What a device is called here: its table in rfbench.toml, else its own name in path letters."""
-    return config.settings().hardware_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    return settings().hardware_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
 
 
 def software(device: torch.device) -> dict[str, Any]:

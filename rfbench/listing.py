@@ -11,6 +11,7 @@ from rfbench import config, suites
 from rfbench.config import Baseline, Recipe, Study
 from rfbench.errors import UserError
 from rfbench.registry import pick
+from rfbench.settings import settings
 
 Row = dict[str, Any]
 
@@ -33,7 +34,7 @@ def baselines() -> list[Row]:
             "licence": baseline.license.weights,
         }
 
-    trained = sorted(config.settings().runs.glob("train/**/baseline.yaml"))
+    trained = sorted(settings().runs.glob("train/**/baseline.yaml"))
     return [_loaded(Baseline, name, row) for name in (*_names(Baseline), *map(_from_here, trained))]
 
 
@@ -85,7 +86,7 @@ def methods() -> list[Row]:
 def hardware() -> list[Row]:
     """The devices whose peak rfbench.toml knows, in TFLOP/s."""
     rows = []
-    for name, device in config.settings().hardware.items():
+    for name, device in settings().hardware.items():
         peaks = ", ".join(f"{dtype} {peak:g}" for dtype, peak in device.tflops.items())
         rows.append({"name": name, "title": device.title, "match": device.match, "peak TFLOP/s": peaks})
     return rows

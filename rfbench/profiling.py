@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rfbench import attention, baselines, config, hardware, provenance, records, statistics, strict, timing
+from rfbench import attention, baselines, hardware, provenance, records, statistics, strict, timing
 from rfbench.baselines import TOLD, Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import RANDOM
+from rfbench.settings import settings
 from rfbench.stopwatch import Worker, beyond
 from rfbench.timing import STEADY, TIMINGS, Round
 
@@ -101,7 +102,7 @@ def in_turn(
         raise UserError(f"--chunks {chunks} never gets steady: the first {STEADY} are not counted; the least is {STEADY + 2}")
     device = baselines.device()
     machine = hardware.name(device)
-    directory = config.settings().runs / "profile" / name / machine
+    directory = settings().runs / "profile" / name / machine
     inputs = {"contenders": {one.name: one.inputs() for one in ready}, "chunks": chunks, "repeats": repeats, "processes": processes}
     with provenance.session(directory, "profile", f"{name}/{machine}", inputs, fresh=fresh) as run:
         path = directory / "rounds.jsonl"

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import rfbench
-from rfbench.config import HOME
 from rfbench.errors import UserError
 from rfbench.records import DONE, FAILED, RUNNING, Run, canonical, fingerprint, read_run, write_run
+from rfbench.settings import HOME
 
 PACKAGES = (
     *("torch", "numpy", "pandas", "omegaconf", "typer", "rich", "imageio", "av", "safetensors", "matplotlib", "jinja2"),

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from rfbench import config, strict
+from rfbench import strict
 from rfbench.backbones.base import open_backbone
 from rfbench.config import PrecisionCfg, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
 from rfbench.records import sha256_of
 from rfbench.registry import pick
+from rfbench.settings import settings
 from rfbench.weights import identity, resolve
 
 NEEDS = {  # of the settings that belong to a method: those that it cannot do without
@@ -118,7 +119,7 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
         lacking = ", ".join(f"{role} ({names.get(role, 'VideoReward')})" for role in problems)
         raise UserError(
             f"recipe {path.name} lacks {len(problems)} files: {lacking}; put each beside the recipe or below "
-            f"{config.settings().weights}, in a folder of its repository's name"
+            f"{settings().weights}, in a folder of its repository's name"
         )
     return found
 

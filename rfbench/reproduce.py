@@ -22,6 +22,7 @@ from rfbench.progress import say
 from rfbench.registry import pick
 from rfbench.report import claims
 from rfbench.scorers.base import SCORERS
+from rfbench.settings import settings
 from rfbench.suites import Suite
 from rfbench.weights import RUN, resolve
 
@@ -75,7 +76,7 @@ def reproduce(
         UserError: something that the study names is missing or does not fit, before any work; whatever the verbs refuse.
     """
     plan = plan_of(study, only, limit)
-    out = out or config.settings().reports / plan.name
+    out = out or settings().reports / plan.name
     show(plan)
     if dry_run:
         return out / "index.html"
@@ -176,7 +177,7 @@ def _members(
         return
     for seed in root.seeds:
         training = training_of(f"{study}/{root.name}-s{seed}")
-        path = config.settings().runs / "train" / training.name / "baseline.yaml"
+        path = settings().runs / "train" / training.name / "baseline.yaml"
         cfg = strict.build(Baseline, strict.load_plain(strict.as_plain(_baseline_of(training.cfg)), overrides, Baseline), where=where)
         name = f"{study}/{contender.name}-s{seed}"
         yield _checked(Member(name, str(path), overrides, own, training.name, cfg, name))
@@ -227,7 +228,7 @@ def show(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    folder, study = config.settings().runs, plan.study
+    folder, study = settings().runs, plan.study
     table = Table(title=f"study {plan.name}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("", "train", *study.suites, *(["profile"] if study.profile else [])):
         table.add_column(column)

@@ -32,6 +32,7 @@ from rfbench.recipes import check, inputs_of, locate, memory
 from rfbench.registry import pick
 from rfbench.reward import JUDGED
 from rfbench.sampler import generate
+from rfbench.settings import settings
 from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
 from rfbench.weights import Ema, read_file, save
@@ -57,7 +58,7 @@ def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None
     cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
     check(cfg)
     name = name or config.name_of(recipe)
-    directory = config.settings().runs / "train" / name
+    directory = settings().runs / "train" / name
     if dry_run:
         plan = memory(cfg)
         each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, layouts, records
+from rfbench import layouts, records
 from rfbench.config import LoraCfg, WeightsCfg
 from rfbench.errors import UserError
+from rfbench.settings import settings
 
 RUN = "run:"  # WeightsCfg.file "run:NAME" is what the training run NAME ended with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +43,7 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
     """
     if cfg.file.startswith(RUN):
         name = cfg.file.removeprefix(RUN)
-        path = config.settings().runs / "train" / name / "weights.safetensors"
+        path = settings().runs / "train" / name / "weights.safetensors"
         if not path.exists():
             raise UserError(f"weights '{cfg.file}': training run '{name}' has not finished; run `rfbench train` for it first")
     else:
@@ -63,7 +64,7 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
 
 def stored(cfg: WeightsCfg) -> Path:
     """The folder that a checkpoint's `file` is in when it does not lie beside its YAML: of the weights directory, a repository each."""
-    return config.settings().weights / (cfg.repo or "")
+    return settings().weights / (cfg.repo or "")
 
 
 def adapter_of(path: Path, cfg: WeightsCfg) -> Path:
@@ -135,7 +136,7 @@ def sha256_of(files: list[Path]) -> str:
     about = files[0].stat()
     if about.st_size < LARGE:
         return records.sha256_of(files[0])
-    store, key = config.settings().weights / HASHES, str(files[0].resolve())
+    store, key = settings().weights / HASHES, str(files[0].resolve())
     size, time, known = _hashes(store).get(key, (0, 0, ""))
     if (size, time) == (about.st_size, about.st_mtime_ns):
         return str(known)

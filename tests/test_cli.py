@@ -16,8 +16,9 @@ import pytest
 
 from rfbench import cli, config, records
 from rfbench.errors import UserError
+from rfbench.settings import HOME
 
-ROOT = Path(config.HOME)
+ROOT = Path(HOME)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

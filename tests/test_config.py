@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import rfbench
 from rfbench import config, strict
-from rfbench.config import Baseline, CacheCfg, Recipe, SettingsFile, Study
+from rfbench.config import Baseline, CacheCfg, Recipe, Study
 from rfbench.errors import UserError
+from rfbench.settings import HOME, Hardware, PathsCfg, SettingsFile, settings, settings_file
 
 SHIPPED = [(kind, name) for kind in (Recipe, Baseline, Study) for name in config.names_of(kind)]
 FILES = pytest.mark.parametrize(("kind", "name"), SHIPPED, ids=[f"{kind.__name__}-{name}" for kind, name in SHIPPED])
@@ -227,7 +228,7 @@ def test_settings_start_at_the_file_that_names_them(tmp_path, monkeypatch):
     file = tmp_path / "machine" / "rfbench.toml"
     file.write_text('[paths]\nruns = "here"\nweights = "/models"\n[hardware.big]\ntitle = "Big"\nmatch = "BIG 9"\ntflops = {float32 = 1}\n')
     monkeypatch.setenv("RFBENCH_TOML", str(file))
-    found = config.settings()
+    found = settings()
     assert (found.runs, found.weights, found.reports) == (tmp_path / "machine" / "here", Path("/models"), tmp_path / "machine" / "reports")
     assert found.hardware["big"].tflops == {"float32": 1.0}
     assert found.hardware_name("NVIDIA Big 9 (80GB)") == "big"
@@ -237,9 +238,9 @@ def test_settings_start_at_the_file_that_names_them(tmp_path, monkeypatch):
 def test_settings_of_the_current_directory_come_before_the_checkout(tmp_path, monkeypatch):
     monkeypatch.delenv("RFBENCH_TOML")
     monkeypatch.chdir(tmp_path)
-    assert config.settings_file() == config.HOME / "rfbench.toml"
+    assert settings_file() == HOME / "rfbench.toml"
     (tmp_path / "rfbench.toml").write_text("")
-    assert config.settings().runs == tmp_path / "runs"
+    assert settings().runs == tmp_path / "runs"
 
 
 @pytest.mark.parametrize(
@@ -255,19 +256,19 @@ def test_settings_of_the_current_directory_come_before_the_checkout(tmp_path, mo
 def test_wrong_settings_are_refused_with_one_sentence(folders, text, sentence):
     (folders / "rfbench.toml").write_text(text)
     with pytest.raises(UserError, match=sentence) as caught:
-        config.settings()
+        settings()
     assert "\n" not in str(caught.value)
 
 
 def test_a_settings_file_that_is_named_has_to_exist(monkeypatch):
     monkeypatch.setenv("RFBENCH_TOML", "/nowhere/rfbench.toml")
     with pytest.raises(UserError, match="RFBENCH_TOML is /nowhere"):
-        config.settings()
+        settings()
 
 
 def test_the_shipped_settings_call_devices_by_their_names(monkeypatch):
-    monkeypatch.setenv("RFBENCH_TOML", str(config.HOME / "rfbench.toml"))
-    found = config.settings()
+    monkeypatch.setenv("RFBENCH_TOML", str(HOME / "rfbench.toml"))
+    found = settings()
     names = {"cpu": "cpu", "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-80GB": "a100"}
     assert {device: found.hardware_name(device) for device in names} == names
-    assert schemas(SettingsFile) > {config.PathsCfg, config.Hardware}
+    assert schemas(SettingsFile) > {PathsCfg, Hardware}

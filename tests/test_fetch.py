@@ -25,6 +25,7 @@ from rfbench import cli, config, fetch, weights
 from rfbench.config import Baseline, CacheCfg, License, LoraCfg, SamplerCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.fetch import Item
+from rfbench.settings import HOME
 
 REPO, COMMIT = "someone/some-model", "c" * 40
 CONTENT = bytes(range(256)) * 400
@@ -446,7 +447,7 @@ def test_the_library_s_environment_is_heeded(folders: Path, hub: Hub, tmp_path: 
     path.write_text(YAML)
     home.mkdir()
     (home / "token").write_text("hf_login")
-    environment = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}", "PYTHONPATH": str(config.HOME)}
+    environment = {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}", "PYTHONPATH": str(HOME)}
     command = [sys.executable, "-m", "rfbench.cli", "fetch", str(path), "--yes", "--json"]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     target = store(folders) / "sub" / "model.pt"

@@ -14,9 +14,10 @@ import torch
 import yaml
 from PIL import Image, ImageSequence
 
-from rfbench import baselines, config, generate, records, sampler, suites, video
+from rfbench import baselines, generate, records, sampler, suites, video
 from rfbench.errors import UserError
 from rfbench.scorers.base import read_video
+from rfbench.settings import settings
 from tests import models
 
 PROMPTS = ["a red disc moves right quickly", "a blue square", "a green triangle moves up then down", "a cyan disc moves left slowly"]
@@ -72,7 +73,7 @@ def test_a_video_shows_what_the_sampler_makes_of_its_seed(student, suite):
     pixels = backbone.decoder()(torch.cat([chunk.latent_BFCHW for chunk in chunks], 1))[0, :31]
     luma = np.array([0.299, 0.587, 0.114])  # colour is stored at half the resolution
     wanted = video.as_uint8(pixels[None])[0].numpy() @ luma
-    shown = read_video(config.settings().runs / "bench" / "student" / "short", clip) @ luma
+    shown = read_video(settings().runs / "bench" / "student" / "short", clip) @ luma
     gap = np.abs(shown - wanted).mean()
     assert gap < 2
     assert np.abs(shown - np.roll(wanted, 1, axis=0)).mean() > 3 * gap
@@ -212,7 +213,7 @@ def test_weights_that_are_not_fit_for_use_end_the_run_with_a_sentence(tmp_path, 
     with pytest.raises(UserError, match=r"0000-0\.mp4: what the model made is not finite") as caught:
         generate.generate(wild, suite, name="wild")
     assert caught.value.code == 1
-    directory = config.settings().runs / "bench" / "wild" / "short"
+    directory = settings().runs / "bench" / "wild" / "short"
     assert records.read_run(directory).status == "failed"
     assert bytes_of(directory) == {"clips.jsonl": b""}
 
@@ -228,7 +229,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_it_goes_on_from_there(stud
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.code == 1
-    directory = config.settings().runs / "bench" / "full" / "short"
+    directory = settings().runs / "bench" / "full" / "short"
     assert records.read_run(directory).status == "failed"
     assert not videos_of(directory)
     assert bytes_of(generate.generate(student, suite, name="full")) == bytes_of(whole)

@@ -112,7 +112,7 @@ def test_student_and_critic_may_have_rollouts_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("kind", ["detached", "in_place"])
-def test_activations_that_are_computed_anew_give_the_same_gradients(kind: str) -> None:
+def test_activations_that_are_computed_anew_give_the_same_gradients(kind: Any) -> None:
     """Also where the cache has moved on since: four chunks, of which the sink and the chunk before are seen. And they are not kept."""
     found, kept = [], []
     for anew in (False, True):

@@ -94,7 +94,12 @@ def test_without_an_offset_the_prompt_switches_by_passing_the_cached_frames_agai
     tiny, cut, begin = Tiny(), [(8, TEXTS[1])], KVCache.begin
     assert CFG.cache is not None
     begun, clips = list[int](), list[Tensor]()
-    monkeypatch.setattr(KVCache, "begin", lambda self, frames, **how: (begun.append(frames), begin(self, frames, **how))[1])
+
+    def counted(cache: KVCache, frames: int, **how: bool) -> None:
+        begun.append(frames)
+        begin(cache, frames, **how)
+
+    monkeypatch.setattr(KVCache, "begin", counted)
     for offset, wanted in ((5, 6), (None, 6 + 3)):  # chunks, and of 8 cached frames those that are not the sink's
         cfg = replace(CFG, cache=replace(CFG.cache, shot_offset=offset))
         clips.append(torch.cat([part.latent_BFCHW for part in stream(tiny, TEXTS[0], 12, cfg, lambda n: normal(2, n, 3, 4, 6), switches=cut)], 1))

@@ -25,6 +25,7 @@ from rfbench.records import read_run, sha256_of
 from rfbench.registry import pick
 from rfbench.reward import REWARDS
 from rfbench.scorers.base import SCORERS
+from rfbench.settings import settings
 from rfbench.train import Trainer, means, summary, train
 from rfbench.updates import schedule
 from tests.tiny import Tiny
@@ -112,7 +113,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_run_leaves_weights_a_log_and_a_baseline(method: str, tmp_path: Path) -> None:
     path = write(tmp_path, method, max_latents=6)
     directory = train(path, ["steps=5", "seed=3"])
-    assert directory == config.settings().runs / "train" / method
+    assert directory == settings().runs / "train" / method
     run = read_run(directory)
     generator = 5 if method in ("flow", "ode") else 2  # its turns are steps 0 and 3
     assert run.result == {"steps": 5, "updates": {"generator": generator} | ({"critic": 5} if generator == 2 else {})}
@@ -176,7 +177,7 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "teacher.safetensors").unlink()
     with pytest.raises(UserError, match=r"weights 'teacher.safetensors', named by dmd.yaml, are neither"):
         train(path, dry_run=True)
-    assert not config.settings().runs.exists()
+    assert not settings().runs.exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +213,7 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
         with pytest.raises(UserError, match=r"training broke down at step 3: the generator's gradient is not finite") as raised:
             train(path)
     assert raised.value.code == 1 and "\n" not in str(raised.value)
-    directory = config.settings().runs / "train" / method
+    directory = settings().runs / "train" / method
     run = read_run(directory)
     assert run.status == "failed" and run.error == str(raised.value)
     broken = json.loads((directory / "broken_batch.json").read_text())
@@ -269,7 +270,7 @@ def test_the_toy_backbone_trains_from_a_shipped_recipe(monkeypatch: pytest.Monke
     monkeypatch.setattr(toy, "fit_autoencoder", lambda seed, clips: fit(seed, clips=2))
     small = ["steps=2", "batch=2", "accumulate=2", "latents=3", "data.clips=2", "log_every=1", "checkpoint_every=1"]
     directory = train("toy/teacher", small)
-    assert directory == config.settings().runs / "train" / "toy" / "teacher"
+    assert directory == settings().runs / "train" / "toy" / "teacher"
     found = load("toy", WeightsCfg("weights.safetensors"), directory / "weights.safetensors")
     assert isinstance(found, toy.ToyBackbone) and found.denoiser.head.head.weight.any()
 

@@ -20,6 +20,7 @@ from rfbench.records import Run
 from rfbench.report import account, claims, evidence, film, leaderboard, page, picture, tables
 from rfbench.report.claims import Finding
 from rfbench.report.leaderboard import Board
+from rfbench.settings import settings
 
 RECORDED = ("code", "packages", "machine", "device", "threads", "attention")  # of a run, what a record keeps
 SCHEMA = 1  # of a record
@@ -100,7 +101,7 @@ def _without_paths(value: Any) -> Any:
 def _study_board(name: str, runs: list[Path]) -> tuple[Board, tuple[Finding, ...]]:
     """The board of a study from its runs in the runs folder, or from the given ones only, and what it makes of the claims."""
     study = config.load(Study, name)
-    find, hardware_of = _among(runs) if runs else _below(config.settings().runs)
+    find, hardware_of = _among(runs) if runs else _below(settings().runs)
     board = leaderboard.read_study(study, name, find, hardware_of)
     return board, claims.judge(board, study)
 
@@ -133,7 +134,7 @@ def _among(directories: Iterable[Path]) -> Lookups:
 
 
 def _all_runs() -> list[Path]:
-    folder = config.settings().runs
+    folder = settings().runs
     found = [path.parent for kind in ("bench", "profile", "train") for path in sorted((folder / kind).rglob("run.json"))]
     if not found:
         raise UserError(f"there are no runs in {folder}; make some with `rfbench generate` or `rfbench reproduce`")

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rfbench import config
 from rfbench.errors import UserError
 from rfbench.records import read_json
+from rfbench.settings import settings
 from rfbench.videoreward.frames import patches, token_count
 from rfbench.videoreward.network import VideoRewardCfg, VideoRewardNet, load_network
 
@@ -113,7 +113,7 @@ def files(where: Path | None = None) -> tuple[Path, ...]:
     Raises:
         UserError: one of them is missing.
     """
-    where = where or config.settings().weights / REPOSITORY
+    where = where or settings().weights / REPOSITORY
     found = tuple(where / file for file in FILES)
     if missing := [path for path in found if not path.is_file()]:
         raise UserError(f"VideoReward: {missing[0]} is missing; `rfbench fetch videoreward` brings it")

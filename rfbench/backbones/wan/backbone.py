@@ -18,7 +18,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rfbench import config
 from rfbench.backbones.base import Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
@@ -26,6 +25,7 @@ from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22
 from rfbench.config import WeightsCfg
+from rfbench.settings import settings
 from rfbench.weights import load_into, read_tensors
 
 REPO, REVISION = "Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a"
@@ -138,7 +138,7 @@ class WanBackbone(nn.Module):
         self.vae.load(read_tensors(parts["vae"], self._vae_file), parts["vae"])
         if self.tiny is not None:
             self.tiny.load(read_tensors(parts["tiny"], TINY), parts["tiny"])
-        cache = config.settings().weights / "embeddings"
+        cache = settings().weights / "embeddings"
         self.text = WanText(parts["text"], parts["tokenizer"].parent, cache, dtype=self.dtype, cfg=self.member.text, sha256=TEXT.sha256)
 
     def fresh(self, seed: int) -> None:

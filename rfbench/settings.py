@@ -1,0 +1,89 @@
+"""The settings of this machine, from rfbench.toml: where things are and what its devices are called, never what a thing is."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rfbench.errors import UserError
+from rfbench.strict import build
+
+HOME = Path(__file__).resolve().parent.parent  # the checkout: recipes/ and baselines/ lie beside the package
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device, and what its maker prints as the dense peak of its matrix units: TFLOP/s by dtype."""
+
+    title: str
+    match: str  # part of the device's name as torch tells it
+    tflops: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PathsCfg:
+    runs: str = "runs"
+    weights: str = "weights"
+    reports: str = "reports"
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """What rfbench.toml says."""
+
+    paths: PathsCfg = PathsCfg()
+    hardware: dict[str, Hardware] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things are on this machine, never what a thing is."""
+
+    runs: Path  # what train, generate, eval and profile write
+    weights: Path  # weights that are too large to ship
+    reports: Path
+    hardware: dict[str, Hardware]
+
+    def hardware_name(self, device: str) -> str:
+        """What a device is called here: the table that matches its name ("NVIDIA H200" is h200), else the name in path letters."""
+        for name, table in self.hardware.items():
+            if table.match.lower() in device.lower():
+                return name
+        return "-".join("".join(letter if letter.isalnum() else " " for letter in device.lower()).split())
+
+
+def settings_file() -> Path | None:
+    """The rfbench.toml in force: the one that RFBENCH_TOML names, else of the current directory, else of the checkout.
+
+    Raises:
+        UserError: RFBENCH_TOML names a file that is not there.
+    """
+    named = os.environ.get("RFBENCH_TOML")
+    if named:
+        if not Path(named).is_file():
+            raise UserError(f"RFBENCH_TOML is {named}, but there is no such file; set it to an rfbench.toml or unset it")
+        return Path(named).resolve()
+    for folder in (Path.cwd(), HOME):
+        if (folder / "rfbench.toml").is_file():
+            return folder / "rfbench.toml"
+    return None
+
+
+def settings() -> Settings:
+    """The settings of this machine; relative paths start at rfbench.toml, or at the current directory if there is none.
+
+    Raises:
+        UserError: not TOML, an unknown key or a wrong type.
+    """
+    path = settings_file()
+    found = SettingsFile()
+    if path is not None:
+        try:
+            found = build(SettingsFile, tomllib.loads(path.read_text(encoding="utf-8")), where=str(path))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML ({error})") from None
+    home = path.parent if path else Path.cwd()
+    runs, weights, reports = (home / Path(folder).expanduser() for folder in (found.paths.runs, found.paths.weights, found.paths.reports))
+    return Settings(runs, weights, reports, found.hardware)
