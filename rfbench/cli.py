@@ -127,6 +127,10 @@ def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='For example "a red disc moves left".', show_default=False)],
     fields: Fields = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--then", metavar="SECONDS=PROMPT", help="Switch to this prompt on the way; may be given several times.", show_default=False),
+    ] = None,
     frames: Annotated[int, typer.Option("--frames", min=1, help="Pixel frames.")] = 81,
     out: Annotated[Path, typer.Option("--out")] = Path("sample.mp4"),
     as_json: Json = False,
@@ -134,7 +138,7 @@ def sample(
     """Make one clip of one prompt."""
     from rfbench import generate as verb
 
-    _print_path(verb.sample(baseline, prompt, fields or [], seed=seed, frames=frames, out=out), as_json)
+    _print_path(verb.sample(baseline, prompt, fields or [], then=then or [], seed=seed, frames=frames, out=out), as_json)
 
 
 @app.command("eval")

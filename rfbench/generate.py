@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -96,18 +97,38 @@ def generate(
     return directory
 
 
-def sample(baseline: str, prompt: str, overrides: Sequence[str] = (), *, seed: int, frames: int, out: Path) -> Path:
-    """Make one clip of `frames` pixel frames as `out`, an .mp4 or a .gif.
+def sample(baseline: str, prompt: str, overrides: Sequence[str] = (), *, then: Sequence[str] = (), seed: int, frames: int, out: Path) -> Path:
+    """Make one clip of `frames` pixel frames as `out`, an .mp4 or a .gif; each `then`, "SECONDS=PROMPT", switches the prompt on the way.
 
     Raises:
-        UserError: the baseline, the prompt, the length or the kind of file cannot be used; the disk is full (code 1).
+        UserError: the baseline, a prompt, a switch, the length or the kind of file cannot be used; the disk is full (code 1).
     """
     ready = baselines.prepare(baseline, overrides)
     latents = ready.latents(frames, "--frames")
+    if then and not sampler.can_switch(ready.cfg.sampler):
+        raise UserError(f"--then: the sampler of '{ready.name}' does not go chunk by chunk, so its prompt cannot switch on the way; leave it out")
     backbone = ready.open()
-    backbone.encode_text([prompt])
-    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out])
+    turns = [_turn(text, backbone.shape.fps, frames) for text in then]
+    if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(turns)):
+        raise UserError("--then is given several times: order the prompts by their time, a latent frame (4 pixel frames) or more apart")
+    for text in (prompt, *(others[0] for _, others in turns)):
+        backbone.encode_text([text])
+    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out], turns)
     return out
+
+
+def _turn(text: str, fps: int, frames: int) -> tuple[int, list[str]]:
+    """The latent frame at which a prompt takes over, and the prompt, from "SECONDS=PROMPT"."""
+    at, _, prompt = text.partition("=")
+    try:
+        seconds = float(at)
+    except ValueError:
+        seconds = -1.0
+    if not prompt.strip() or not 0 < seconds * fps < frames:
+        raise UserError(
+            f"--then '{text}': write SECONDS=PROMPT, within the clip's {frames / fps:.1f} seconds, for example '2.5=a blue disc'"
+        )
+    return sampler.latent_at(seconds, fps), [prompt]
 
 
 def _is_done(directory: Path, inputs: dict[str, object]) -> bool:
@@ -183,7 +204,15 @@ def _make(backbone: Backbone, cfg: SamplerCfg, asked: Suite, batch: Sequence[Ite
 
 
 def _film(
-    backbone: Backbone, cfg: SamplerCfg, prompts: Sequence[str], seeds: Sequence[int], latents: int, frames: int, fps: int, paths: Sequence[Path]
+    backbone: Backbone,
+    cfg: SamplerCfg,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    latents: int,
+    frames: int,
+    fps: int,
+    paths: Sequence[Path],
+    switches: Sequence[tuple[int, Sequence[str]]] = (),
 ) -> None:
     """Stream a batch of clips into its video files; no more than a chunk of pixels is held.
 
@@ -194,7 +223,7 @@ def _film(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video.writing(path, fps=fps, height=shape.pixel_height, width=shape.pixel_width)) for path in paths]
         left = frames
-        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds):
+        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, switches=switches):
             if not torch.isfinite(pixels).all():
                 raise UserError(f"{paths[0].name}: what the model made is not finite; its weights are not fit for use", code=1)
             shown = video.as_uint8(pixels[:, :left]).cpu().numpy()  # the last chunk may make more frames than were asked for

@@ -248,6 +248,11 @@ def generate(
             yield from map(backbone.decoder(), roll(0, latents, None))
 
 
+def can_switch(cfg: SamplerCfg) -> bool:
+    """Whether a prompt can change on the way: between the chunks of a stream."""
+    return cfg.cache is not None and cfg.solver not in ("rolling", "forcing")
+
+
 def latent_at(seconds: float, fps: int) -> int:
     """The latent frame that is shown at a time of the clip."""
     return latent_frames(round(seconds * fps) + 1, None) - 1

@@ -264,6 +264,27 @@ def test_a_sample_is_one_clip_of_one_seed(student, tmp_path):
     assert not list(tmp_path.glob("none*"))
 
 
+def test_a_prompt_switches_on_the_way_and_leaves_what_was_before(student, tmp_path):
+    def shown(name: str, then: list[str]) -> np.ndarray:
+        path = generate.sample(student, PROMPTS[0], then=then, seed=3, frames=57, out=tmp_path / f"{name}.gif")
+        with Image.open(path) as picture:
+            return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)])
+
+    # one second is pixel frame 16, in latent frame 4: the chunk of latent frames 6 to 8 is the first that starts there or later
+    plain, switched = shown("plain", []), shown("switched", [f"1={PROMPTS[1]}"])
+    assert (plain[:21] == switched[:21]).all() and (plain[21:] != switched[21:]).any()
+    for then, sentence in (
+        (["1"], r"--then '1': write SECONDS=PROMPT"),
+        ([f"9={PROMPTS[1]}"], r"within the clip's 3\.6 seconds"),
+        ([f"2={PROMPTS[1]}", f"1={PROMPTS[0]}"], "order the prompts by their time"),
+        (["1=a purple disc"], "does not know the word 'purple'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            generate.sample(student, PROMPTS[0], then=then, seed=3, frames=57, out=tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="does not go chunk by chunk"):
+        generate.sample("toy/teacher", PROMPTS[0], then=[f"1={PROMPTS[1]}"], seed=3, frames=57, out=tmp_path / "none.mp4")
+
+
 def test_what_is_told_about_a_baseline_may_change_without_making_its_clips_again(tmp_path, suite):
     def made(title: str):
         name = models.write(tmp_path, "student", title=title)
