@@ -46,11 +46,15 @@ def writing(path: Path, *, fps: int, height: int, width: int) -> Iterator[Write]
 
 @contextlib.contextmanager
 def _mp4(path: Path, fps: int, height: int, width: int) -> Iterator[Write]:
-    """H.264 on one thread and without version strings, because bytes are compared; 4:2:0, because every player shows it."""
+    """H.264 on one thread and without version strings, because bytes are compared; 4:2:0, because every player shows it.
+
+    No macroblock tree: of small frames it reads memory that nobody wrote, so that now and then a clip comes out as another file.
+    """
     import av
 
+    options = {"crf": str(CRF), "preset": "veryfast", "threads": "1", "flags": "+bitexact", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF), "preset": "veryfast", "threads": "1", "flags": "+bitexact"})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.time_base = Fraction(1, fps)
 

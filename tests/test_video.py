@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -30,6 +31,27 @@ def write(path: Path, *parts: video.Frames, fps: int = 16) -> bytes:
         for part in parts:
             append(part)
     return path.read_bytes()
+
+
+def test_the_same_frames_give_the_same_bytes_whatever_lies_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    _, clips = world.draw_clips(0, [world.draw_caption(rng) for _ in range(12)], 81)
+    clips = ((clips + 1) * 127.5 + rng.normal(0, 6, clips.shape)).clip(0, 255).astype(np.uint8).transpose(0, 1, 3, 4, 2)
+
+    def written() -> list[bytes]:
+        paths = [tmp_path / f"{number}.mp4" for number in range(len(clips))]
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(video.writing(path, fps=16, height=48, width=64)) for path in paths]
+            for frames in np.moveaxis(clips, 1, 0):
+                litter = [rng.bytes(int(rng.integers(2000, 9000))) for _ in range(20)]
+                for write, pixels in zip(writers, frames, strict=True):
+                    write(pixels[None])
+                del litter
+        return [path.read_bytes() for path in paths]
+
+    first = written()
+    for _ in range(5):
+        assert written() == first
 
 
 def test_bytes_are_the_nearest_to_the_pixels():
