@@ -24,7 +24,7 @@ from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed,
 from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22
-from rfbench.config import WeightsCfg
+from rfbench.config import Precision, WeightsCfg
 from rfbench.settings import settings
 from rfbench.weights import load_into, read_tensors
 
@@ -57,9 +57,6 @@ VAE22 = WeightsCfg(
     sha256="20eb789667fa5e60e7516bf509512f6cb61f01b0aa0695eadaea930c13892b36",
 )
 TINY = WeightsCfg(file="taew2_1.pth")  # github.com/madebyollin/taehv; no hub repository of its authors, no published hash
-
-Precision = Literal["float32", "bfloat16", "mixed"]
-
 
 WAN_VAE = VAECfg()
 
