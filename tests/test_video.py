@@ -35,8 +35,8 @@ def write(path: Path, *parts: video.Frames, fps: int = 16) -> bytes:
 
 def test_the_same_frames_give_the_same_bytes_whatever_lies_in_memory(tmp_path):
     rng = np.random.default_rng(0)
-    _, clips = world.draw_clips(0, [world.draw_caption(rng) for _ in range(12)], 81)
-    clips = ((clips + 1) * 127.5 + rng.normal(0, 6, clips.shape)).clip(0, 255).astype(np.uint8).transpose(0, 1, 3, 4, 2)
+    _, drawn = world.draw_clips(0, [world.draw_caption(rng) for _ in range(12)], 81)
+    clips = ((drawn + 1) * 127.5 + rng.normal(0, 6, drawn.shape)).clip(0, 255).astype(np.uint8).transpose(0, 1, 3, 4, 2)
 
     def written() -> list[bytes]:
         paths = [tmp_path / f"{number}.mp4" for number in range(len(clips))]
