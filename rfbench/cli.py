@@ -215,6 +215,21 @@ def report(
 
 
 @app.command()
+def total(
+    dims: Annotated[str, typer.Argument(metavar="DIMS.json", help="The 16 dimensions by name, in percent; - is standard input.", show_default=False)],
+    fractions: Annotated[bool, typer.Option("--fractions", help="The values are fractions of 1.")] = False,
+    i2v: Annotated[bool, typer.Option("--i2v", help="The 9 dimensions of VBench-I2V.")] = False,
+) -> None:
+    """VBench's Total, Quality and Semantic from its dimensions, as one line of JSON; or a refusal."""
+    from rfbench.vbench import totals
+    from rfbench.vbench.dimensions import I2V, T2V
+
+    board = I2V if i2v else T2V
+    points = totals.total(totals.read(dims, fractions=fractions, board=board), board)
+    print(json.dumps({name: round(value, 6) for name, value in points.items()}))
+
+
+@app.command()
 def fetch(
     name: Annotated[
         str,

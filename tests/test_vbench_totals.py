@@ -1,0 +1,142 @@
+"""Totals against every row that was printed with all its dimensions, and refusals of everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rfbench
+from rfbench.errors import UserError
+from rfbench.vbench.dimensions import I2V, T2V
+from rfbench.vbench.totals import read, total
+from tests.test_cli import call
+
+PUBLISHED = json.loads((Path(rfbench.__file__).parent / "published" / "vbench.json").read_text(encoding="utf-8"))
+ROWS = [(kind, row) for kind in ("t2v", "i2v") for row in PUBLISHED[kind]["rows"]]
+BOARDS = {"t2v": T2V, "i2v": I2V}
+WAN = dict(zip(PUBLISHED["t2v"]["dimensions"], PUBLISHED["t2v"]["rows"][2]["dimensions"], strict=True))
+
+
+@pytest.mark.parametrize(("kind", "row"), ROWS, ids=lambda value: value["system"] if isinstance(value, dict) else value)
+def test_totals_are_the_printed_ones(kind, row):
+    """A printed dimension is rounded to 0.005 and a printed total too; together they stay below a hundredth of a point."""
+    dims = dict(zip(PUBLISHED[kind]["dimensions"], row["dimensions"], strict=True))
+    assert list(dims) == list(BOARDS[kind].dimensions)
+    got = total(dims, BOARDS[kind])
+    assert list(got) == PUBLISHED[kind]["printed"]
+    assert list(got.values()) == pytest.approx(row["printed"], abs=0.01)
+
+
+def test_there_are_rows_of_both_boards():
+    assert [sum(kind == board for kind, _ in ROWS) for board in BOARDS] == [30, 7]
+
+
+def test_the_ends_of_the_scale():
+    """All at `high` is 100, all at `low` is 0; beyond them nothing is clamped. All zero is the leaderboard's row of -57.17."""
+    for board in (T2V, I2V):
+        high = total({name: 100 * one.high for name, one in board.dimensions.items()}, board)
+        low = total({name: 100 * one.low for name, one in board.dimensions.items()}, board)
+        assert list(high.values()) == pytest.approx([100] * 3) and list(low.values()) == pytest.approx([0] * 3, abs=1e-12)
+    assert total(dict.fromkeys(T2V.dimensions, 0.0))["total"] == pytest.approx(-57.17, abs=0.005)
+    assert total(dict.fromkeys(T2V.dimensions, 100.0))["semantic"] > 100
+
+
+@given(name=st.sampled_from(list(T2V.dimensions)), by=st.floats(0.01, 1))
+def test_a_dimension_moves_the_total_by_its_leverage(name, by):
+    """Closed form of the slope: group weight / sum * weight / (high - low) / sum of weights."""
+    one = T2V.dimensions[name]
+    share = 0.8 / 6.5 if one.group == "quality" else 0.2 / 9
+    moved = total(WAN | {name: WAN[name] - by})["total"]
+    assert total(WAN)["total"] - moved == pytest.approx(by * share * one.weight / (one.high - one.low), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"scene": None}, "there is no VBench total: one of its dimensions is missing (scene); evaluate it"),
+        ({"scene": None, "color": None}, "2 of its 16 dimensions are missing (color, scene); evaluate them"),
+        ({"colour": 80.0}, "'colour' is no dimension of VBench; did you mean 'color'?"),
+        ({"scene": math.nan}, "'scene' is nan %, and it can only be from 0 to 100"),
+        ({"scene": math.inf}, "'scene' is inf %"),
+        ({"scene": 100.01}, "'scene' is 100.01 %, and it can only be from 0 to 100"),
+        ({"scene": -0.1}, "'scene' is -0.1 %"),
+        ({"overall_consistency": -101.0}, "it can only be from -100 to 100"),
+        ({"scene": True}, "'scene' is true, which is not a number"),
+        ({"scene": "50"}, """'scene' is "50", which is not a number"""),
+        ({"scene": [0.5, []]}, "'scene' is [0.5, []], which is not a number"),
+    ],
+)
+def test_what_is_missing_or_doubtful_is_refused(change, sentence):
+    dims = {name: value for name, value in (WAN | change).items() if value is not None}
+    with pytest.raises(UserError) as caught:
+        total(dims)
+    assert sentence in str(caught.value) and caught.value.code == 2 and "\n" not in str(caught.value)
+
+
+def test_the_command_prints_one_line_of_json(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "dims.json"
+    path.write_text(json.dumps(WAN))
+    code, out, err = call(capsys, "total", str(path))
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    found = json.loads(out)
+    assert found == pytest.approx({"total": 84.70, "quality": 85.64, "semantic": 80.95}, abs=0.01)
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps({name: value / 100 for name, value in WAN.items()}).encode())))
+    code, out, err = call(capsys, "total", "-", "--fractions")
+    assert (code, err) == (0, "") and json.loads(out) == pytest.approx(found, abs=1e-5)
+
+    row = PUBLISHED["i2v"]["rows"][0]
+    path.write_text(json.dumps(dict(zip(PUBLISHED["i2v"]["dimensions"], row["dimensions"], strict=True))))
+    assert json.loads(call(capsys, "total", str(path), "--i2v")[1]) == pytest.approx({"total": 90.49, "i2v": 97.74, "quality": 83.24}, abs=0.01)
+    assert call(capsys, "total", str(path))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (json.dumps({name: value / 100 for name, value in WAN.items()}), "looks like a fraction"),
+        (json.dumps(WAN | {"scene": 0.5367}), "'scene' is 0.5367, which looks like a fraction"),
+        (json.dumps(WAN | {"scene": 1}), "'scene' is 1.0, which looks like a fraction"),
+        (json.dumps(WAN | {"scene": math.nan}), "'scene' is nan %"),
+        (json.dumps(WAN).replace("53.67", "1e999"), "'scene' is inf %"),
+        (json.dumps(WAN).replace("53.67", "9" * 5000), "'scene' is inf %"),
+        (json.dumps(WAN)[:-1] + ', "scene": 53.67}', "'scene' is there twice"),
+        (json.dumps(WAN)[:-1], "is not JSON"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (json.dumps([WAN]), "expected one JSON object"),
+        ("{}", "16 of its 16 dimensions are missing"),
+        (json.dumps(WAN).replace("_", " "), "'subject consistency' is no dimension of VBench; did you mean 'subject_consistency'?"),
+    ],
+    ids=range(13),
+)
+def test_a_file_that_is_not_sixteen_percentages_is_exit_2_and_one_sentence(tmp_path, capsys, text, sentence):
+    path = tmp_path / "dims.json"
+    path.write_text(text)
+    code, out, err = call(capsys, "total", str(path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err and len(err) < 500
+
+
+def test_percent_is_refused_as_fractions_and_a_missing_file_is_named(tmp_path, capsys):
+    (tmp_path / "dims.json").write_text(json.dumps(WAN))
+    (tmp_path / "latin.json").write_bytes(b'{"caf\xe9": 1}')
+    for arguments, sentence in (
+        (["dims.json", "--fractions"], "'subject_consistency' is 95.92, which is no fraction"),
+        (["nowhere.json"], "nowhere.json cannot be read (No such file or directory)"),
+        (["latin.json"], "is not JSON"),
+    ):
+        code, out, err = call(capsys, "total", str(tmp_path / arguments[0]), *arguments[1:])
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1
+
+
+def test_fractions_and_percent_are_the_same_row(tmp_path):
+    for name, values in (("percent", WAN), ("fractions", {name: value / 100 for name, value in WAN.items()})):
+        (tmp_path / name).write_text(json.dumps(values))
+    assert read(str(tmp_path / "fractions"), fractions=True) == pytest.approx(read(str(tmp_path / "percent")))
