@@ -125,9 +125,7 @@ def _turn(text: str, fps: int, frames: int) -> tuple[int, list[str]]:
     except ValueError:
         seconds = -1.0
     if not prompt.strip() or not 0 < seconds * fps < frames:
-        raise UserError(
-            f"--then '{text}': write SECONDS=PROMPT, within the clip's {frames / fps:.1f} seconds, for example '2.5=a blue disc'"
-        )
+        raise UserError(f"--then '{text}': write SECONDS=PROMPT, within the clip's {frames / fps:.1f} seconds, for example '2.5=a blue disc'")
     return sampler.latent_at(seconds, fps), [prompt]
 
 
