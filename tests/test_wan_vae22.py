@@ -18,7 +18,7 @@ from rfbench.backbones.base import pixel_frames
 from rfbench.backbones.wan.vae import AT_ONCE, VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22, averaged, diffusers_names, into_channels, out_of_channels, repeated
 from rfbench.errors import UserError
-from tests.test_wan_vae import CHUNKS, ROUNDING, chunked, randomised
+from tests.test_wan_vae import CHUNKS, ROUNDING, check_half_precision, chunked, randomised
 from tests.tiny import distance, normal
 
 KEYS = Path(__file__).parent / "keys" / "wan2.2_vae.json"
@@ -89,20 +89,7 @@ def test_diffusers_weights_give_diffusers_results(cfg: VAE22Cfg) -> None:
 
 
 def test_half_precision_loses_no_more_than_op_by_op() -> None:
-    """Relative error of bfloat16 weights and activations to float32, ours to that of diffusers."""
-    theirs, ours = diffusers_vae(CFG), WanVAE22(CFG)
-    theirs.to(torch.bfloat16).float()
-    ours.load(theirs.state_dict(), "weights")
-    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (CFG.mean, CFG.std))
-    pixel, latent = normal(2, 9, 3, 32, 32).tanh().bfloat16().float(), latents(4, batch=2)
-    z = (latent.transpose(1, 2) * std + mean).bfloat16().float()
-    exact, exact_pixel = theirs.encode(pixel.transpose(1, 2)).latent_dist.mode(), theirs.decode(z).sample
-    theirs, ours = theirs.bfloat16(), ours.bfloat16()
-    rounded, rounded_pixel = theirs.encode(pixel.bfloat16().transpose(1, 2)).latent_dist.mode(), theirs.decode(z.bfloat16()).sample
-    own = WanEncoder(ours)(pixel).transpose(1, 2) * std + mean
-    assert distance(own, exact) < 1.1 * distance(rounded, exact)
-    own = WanDecoder(ours)(latent).transpose(1, 2)
-    assert distance(own, exact_pixel.clamp(-1, 1)) < 1.1 * distance(rounded_pixel.clamp(-1, 1), exact_pixel.clamp(-1, 1))
+    check_half_precision(diffusers_vae(CFG), WanVAE22(CFG), normal(2, 9, 3, 32, 32).tanh(), latents(4, batch=2))
 
 
 def test_shortcuts_of_equal_width_are_pooling_and_nearest_neighbours() -> None:

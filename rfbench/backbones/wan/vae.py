@@ -14,7 +14,7 @@ Shapes: B batch, T pixel frames or frames of whatever rate, F latent frames, C c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -196,6 +196,13 @@ class Resample(nn.Module):
         return in_time(x_BTHWC, 2) if self.up else x_BTHWC
 
 
+def through(layers: nn.ModuleList, x_BTHWC: Tensor, past: Past) -> Tensor:
+    """One layer of a stream after another."""
+    for layer in cast(Iterable[nn.Module], layers):
+        x_BTHWC = layer(x_BTHWC, past)
+    return x_BTHWC
+
+
 class Network(nn.Module):
     """A convolution, groups of layers, and norm, SiLU and convolution: encoder and decoder differ in the groups."""
 
@@ -212,8 +219,7 @@ class Network(nn.Module):
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
         x_BTHWC = causal(self.conv1, x_BTHWC, past)
         for name in self.groups:
-            for layer in cast(Iterable[nn.Module], getattr(self, name)):
-                x_BTHWC = layer(x_BTHWC, past)
+            x_BTHWC = through(getattr(self, name), x_BTHWC, past)
         norm, _, conv = cast(Iterable[Any], self.head)
         return causal(conv, x_BTHWC, past, norm)
 
@@ -272,10 +278,7 @@ class WanVAE(nn.Module):
         Raises:
             UserError: they are of another model.
         """
-        if "decoder.conv_in.weight" in tensors:
-            original = {theirs: ours for ours, theirs in diffusers_names(self.cfg).items()}
-            tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
-        load_into(self, tensors, where=where)
+        load_either(self, tensors, lambda: diffusers_names(self.cfg), where)
 
     def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
         return pointwise(self.conv1, self.encoder(pixel_BTHWC, past))[..., : self.cfg.z_dim]
@@ -371,6 +374,18 @@ class WanEncoder:
         parts = x_BTHWC[:, :ready].tensor_split(tuple(range(step - ahead, ready, step)), dim=1)
         mean_BFHWC = torch.cat([self.vae.encode(part, self.past).float() for part in parts], dim=1)
         return ((mean_BFHWC - self.mean) / self.std).permute(0, 1, 4, 2, 3).contiguous()
+
+
+def load_either(vae: nn.Module, tensors: Mapping[str, Tensor], theirs: Callable[[], Mapping[str, str]], where: Any) -> None:
+    """Take weights in their original names, or in those of diffusers, which `theirs` gives: original name -> theirs.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    if "decoder.conv_in.weight" in tensors:
+        original = {their: ours for ours, their in theirs().items()}
+        tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
+    load_into(vae, tensors, where=where)
 
 
 def diffusers_names(cfg: VAECfg) -> dict[str, str]:

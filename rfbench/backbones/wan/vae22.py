@@ -11,16 +11,15 @@ Shapes: as in `rfbench.backbones.wan.vae`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import TEMPORAL
-from rfbench.backbones.wan.vae import Network, Past, Resample, ResidualBlock, diffusers_name, middle, pointwise
-from rfbench.weights import load_into
+from rfbench.backbones.wan.vae import Network, Past, Resample, ResidualBlock, diffusers_name, load_either, middle, pointwise, through
 
 PIXELS = 2  # rows (and columns) of pixels that are channels of one
 
@@ -103,9 +102,7 @@ class Down(nn.Module):
         self.downsamples = nn.ModuleList(layers + [Resample(outer, outer, up=False, temporal=temporal)] * halved)
 
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
-        h_BTHWC = x_BTHWC
-        for layer in cast(Iterable[nn.Module], self.downsamples):
-            h_BTHWC = layer(h_BTHWC, past)
+        h_BTHWC = through(self.downsamples, x_BTHWC, past)
         return h_BTHWC + averaged(x_BTHWC, self.outer, self.times, self.scale)
 
 
@@ -122,9 +119,7 @@ class Up(nn.Module):
         self.upsamples = nn.ModuleList(layers + [Resample(outer, outer, up=True, temporal=temporal)] * doubled)
 
     def forward(self, x_BTHWC: Tensor, past: Past) -> Tensor:
-        h_BTHWC = x_BTHWC
-        for layer in cast(Iterable[nn.Module], self.upsamples):
-            h_BTHWC = layer(h_BTHWC, past)
+        h_BTHWC = through(self.upsamples, x_BTHWC, past)
         return h_BTHWC + repeated(x_BTHWC, self.outer, self.times, 2)[:, -h_BTHWC.shape[1] :] if self.doubled else h_BTHWC
 
 
@@ -165,10 +160,7 @@ class WanVAE22(nn.Module):
         Raises:
             UserError: they are of another model.
         """
-        if "decoder.conv_in.weight" in tensors:
-            original = {theirs: ours for ours, theirs in diffusers_names(self.cfg).items()}
-            tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
-        load_into(self, tensors, where=where)
+        load_either(self, tensors, lambda: diffusers_names(self.cfg), where)
 
     def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
         """Means of the latents [B, F, H, W, C] of the stream's next frames."""
