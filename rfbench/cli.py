@@ -131,6 +131,9 @@ def sample(
         list[str] | None,
         typer.Option("--then", metavar="SECONDS=PROMPT", help="Switch to this prompt on the way; may be given several times.", show_default=False),
     ] = None,
+    given: Annotated[
+        Path | None, typer.Option("--from", metavar="VIDEO", help="Go on from this video or image; its frames count.", show_default=False)
+    ] = None,
     frames: Annotated[int, typer.Option("--frames", min=1, help="Pixel frames.")] = 81,
     out: Annotated[Path, typer.Option("--out")] = Path("sample.mp4"),
     as_json: Json = False,
@@ -138,7 +141,7 @@ def sample(
     """Make one clip of one prompt."""
     from rfbench import generate as verb
 
-    _print_path(verb.sample(baseline, prompt, fields or [], then=then or [], seed=seed, frames=frames, out=out), as_json)
+    _print_path(verb.sample(baseline, prompt, fields or [], then=then or [], given=given, seed=seed, frames=frames, out=out), as_json)
 
 
 @app.command("eval")

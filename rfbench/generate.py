@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rfbench import attention, baselines, provenance, records, sampler, strict, suites, video
-from rfbench.backbones.base import Backbone
+from rfbench.backbones.base import TEMPORAL, Backbone, pixel_frames
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
@@ -97,24 +98,62 @@ def generate(
     return directory
 
 
-def sample(baseline: str, prompt: str, overrides: Sequence[str] = (), *, then: Sequence[str] = (), seed: int, frames: int, out: Path) -> Path:
+def sample(
+    baseline: str,
+    prompt: str,
+    overrides: Sequence[str] = (),
+    *,
+    then: Sequence[str] = (),
+    given: Path | None = None,
+    seed: int,
+    frames: int,
+    out: Path,
+) -> Path:
     """Make one clip of `frames` pixel frames as `out`, an .mp4 or a .gif; each `then`, "SECONDS=PROMPT", switches the prompt on the way.
 
+    `given` is a video or an image that the clip goes on from: its last frames, as many as fill whole chunks, come first.
+
     Raises:
-        UserError: the baseline, a prompt, a switch, the length or the kind of file cannot be used; the disk is full (code 1).
+        UserError: the baseline, a prompt, a switch, what is given, the length or the kind of file cannot be used; the disk is full (code 1).
     """
     ready = baselines.prepare(baseline, overrides)
     latents = ready.latents(frames, "--frames")
     if then and not sampler.can_switch(ready.cfg.sampler):
         raise UserError(f"--then: the sampler of '{ready.name}' does not go chunk by chunk, so its prompt cannot switch on the way; leave it out")
+    if given is not None and not sampler.can_continue(ready.cfg.sampler):
+        raise UserError(
+            f"--from: the sampler of '{ready.name}' does not go chunk by chunk, so its clips cannot go on from given frames; leave it out"
+        )
     backbone = ready.open()
+    before = None if given is None else _beginning(given, backbone, ready.cfg.sampler.chunk or 1, latents)
     turns = [_turn(text, backbone.shape.fps, frames) for text in then]
     if any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(turns)):
         raise UserError("--then is given several times: order the prompts by their time, a latent frame (4 pixel frames) or more apart")
     for text in (prompt, *(others[0] for _, others in turns)):
         backbone.encode_text([text])
-    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out], turns)
+    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out], turns, before)
     return out
+
+
+def _beginning(path: Path, backbone: Backbone, chunk: int, latents: int) -> Tensor:
+    """The last pixel frames of a video that are whole chunks, at most all chunks but one of a clip: [1, T, 3, H, W]."""
+    found, fps = video.read(path)
+    shape = backbone.shape
+    wanted, size = (shape.pixel_width, shape.pixel_height), (found.shape[2], found.shape[1])
+    if size != wanted or (len(found) > 1 and fps != shape.fps):
+        raise UserError(
+            f"--from {path}: it is {size[0]}x{size[1]} at {fps:g} frames per second, the model's are {wanted[0]}x{wanted[1]} at {shape.fps}; "
+            f"convert it, for example by `ffmpeg -i IN -vf scale={wanted[0]}:{wanted[1]},fps={shape.fps} OUT`"
+        )
+    whole = min((1 + (len(found) - 1) // TEMPORAL) // chunk * chunk, latents - chunk)
+    if whole <= 0:
+        raise UserError(
+            f"--from {path}: a chunk of the model is {pixel_frames(chunk)} frames, the file has {len(found)} and the clip {pixel_frames(latents)}; "
+            "it needs one to begin with and another to make"
+        )
+    used = pixel_frames(whole)
+    say(f"goes on from the last {used} of {len(found)} frames, which come first")
+    return video.as_pixels(torch.from_numpy(found[None, -used:]))
 
 
 def _turn(text: str, fps: int, frames: int) -> tuple[int, list[str]]:
@@ -211,6 +250,7 @@ def _film(
     fps: int,
     paths: Sequence[Path],
     switches: Sequence[tuple[int, Sequence[str]]] = (),
+    given_BTCHW: Tensor | None = None,
 ) -> None:
     """Stream a batch of clips into its video files; no more than a chunk of pixels is held.
 
@@ -221,7 +261,7 @@ def _film(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video.writing(path, fps=fps, height=shape.pixel_height, width=shape.pixel_width)) for path in paths]
         left = frames
-        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, switches=switches):
+        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, given_BTCHW=given_BTCHW, switches=switches):
             if not torch.isfinite(pixels).all():
                 raise UserError(f"{paths[0].name}: what the model made is not finite; its weights are not fit for use", code=1)
             shown = video.as_uint8(pixels[:, :left]).cpu().numpy()  # the last chunk may make more frames than were asked for

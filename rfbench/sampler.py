@@ -225,10 +225,12 @@ def generate(
     cfg: SamplerCfg,
     seeds: Sequence[int],
     *,
+    given_BTCHW: Tensor | None = None,
     switches: Sequence[tuple[int, Sequence[str]]] = (),
 ) -> Iterator[Tensor]:
     """Pixels of one clip per prompt and seed, as a stream: [B, T, 3, H, W] in [-1, 1] for each chunk.
 
+    `given_BTCHW` are pixels of whole chunks that the clips go on from; they come first, as the autoencoder shows them.
     `switches` are (latent frame, one prompt per clip), see `stream` and `latent_at`.
     """
     with torch.no_grad():
@@ -236,8 +238,10 @@ def generate(
         null = backbone.encode_text([cfg.negative] * len(prompts)) if cfg.guidance != 1.0 else None
         later = [(frame, backbone.encode_text(others)) for frame, others in switches]
         noise = clip_noise(backbone, seeds)
+        given = None if given_BTCHW is None else backbone.encode_pixels(given_BTCHW)
 
         def roll(start: int, length: int, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
+            initial_BFCHW = initial_BFCHW if start else given
             turns = [(frame - start, then) for frame, then in later]
             made = stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns)
             return (chunk.latent_BFCHW for chunk in made)
@@ -251,6 +255,11 @@ def generate(
 def can_switch(cfg: SamplerCfg) -> bool:
     """Whether a prompt can change on the way: between the chunks of a stream."""
     return cfg.cache is not None and cfg.solver not in ("rolling", "forcing")
+
+
+def can_continue(cfg: SamplerCfg) -> bool:
+    """Whether a clip can go on from given frames: its first chunks."""
+    return (cfg.chunk is not None or cfg.solver == "forcing") and cfg.solver != "rolling"
 
 
 def latent_at(seconds: float, fps: int) -> int:

@@ -1,4 +1,4 @@
-"""Frames to video files, as a stream: the same frames give the same bytes.
+"""Frames to video files, as a stream: the same frames give the same bytes; and back.
 
 Shapes: B batch, T pixel frames, H rows, W columns.
 """
@@ -27,6 +27,30 @@ CRF = 10  # near lossless: the codec must not hide what a model does
 def as_uint8(pixel_BTCHW: Tensor) -> Tensor:
     """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device."""
     return (pixel_BTCHW * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 1, 3, 4, 2).contiguous()
+
+
+def as_pixels(frames_BTHWC: Tensor) -> Tensor:
+    """The bytes of a video as pixels in [-1, 1]: float32 [B, T, 3, H, W]."""
+    return frames_BTHWC.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def read(path: Path) -> tuple[Frames, float]:
+    """All frames [T, H, W, 3] of a video or an image, and how many are shown per second; an image is one frame.
+
+    Raises:
+        UserError: missing, or not a video.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            rate = container.streams.video[0].average_rate
+    except (av.error.FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
+        raise UserError(f"{path} is not a video or an image that can be read ({error})") from None
+    if not frames:
+        raise UserError(f"{path} has no frames")
+    return np.stack(frames), float(rate or 1)
 
 
 @contextlib.contextmanager

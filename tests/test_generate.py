@@ -285,6 +285,35 @@ def test_a_prompt_switches_on_the_way_and_leaves_what_was_before(student, tmp_pa
         generate.sample("toy/teacher", PROMPTS[0], then=[f"1={PROMPTS[1]}"], seed=3, frames=57, out=tmp_path / "none.mp4")
 
 
+def test_a_sample_goes_on_from_given_frames(student, tmp_path):
+    """Two clips of other prompts that go on from the same frames begin alike, with what was given, and end differently."""
+
+    def shown(path: Path) -> np.ndarray:
+        return video.read(path)[0].astype(float)
+
+    first = generate.sample(student, PROMPTS[0], seed=3, frames=33, out=tmp_path / "first.mp4")
+    one, other = (
+        generate.sample(student, prompt, given=first, seed=4, frames=33, out=tmp_path / f"{name}.mp4")
+        for name, prompt in zip("ab", PROMPTS, strict=False)
+    )
+    given, ours, theirs = shown(first), shown(one), shown(other)
+    assert np.abs(ours[:21] - given[-21:]).mean() < np.abs(ours[:21] - given[:21]).mean() / 2
+    assert np.abs(ours[:20] - theirs[:20]).mean() < np.abs(ours[21:] - theirs[21:]).mean() / 2
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "one.png")
+    Image.fromarray(np.zeros((50, 64, 3), np.uint8)).save(tmp_path / "large.png")
+    for path, frames, sentence in (
+        (tmp_path / "one.png", 33, "a chunk of the model is 9 frames, the file has 1"),
+        (tmp_path / "large.png", 33, r"it is 64x50 at .* the model's are 64x48 at 16; convert it"),
+        (first, 9, "it needs one to begin with and another to make"),
+        (tmp_path / "none.mp4", 33, "not a video or an image that can be read"),
+        (Path(__file__), 33, "not a video or an image that can be read"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            generate.sample(student, PROMPTS[0], given=path, seed=4, frames=frames, out=tmp_path / "no.mp4")
+    with pytest.raises(UserError, match="cannot go on from given frames"):
+        generate.sample("toy/teacher", PROMPTS[0], given=first, seed=3, frames=33, out=tmp_path / "no.mp4")
+
+
 def test_what_is_told_about_a_baseline_may_change_without_making_its_clips_again(tmp_path, suite):
     def made(title: str):
         name = models.write(tmp_path, "student", title=title)
