@@ -200,7 +200,7 @@ def test_other_words_give_another_embedding_and_padding_is_zero():
 
 @pytest.mark.slow
 def test_the_full_size_student_makes_a_chunk():
-    """1.4 billion random weights, 480 x 832 pixels, one step: a few minutes and 10 GB on two cores."""
+    """1.4 billion random weights, 480 x 832 pixels, one step: five to eight minutes and 10 GB on two cores."""
     made = open_backbone("wan2.1-1.3b")
     made.fresh(0)
     assert isinstance(made, wan.WanBackbone)
