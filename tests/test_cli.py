@@ -134,7 +134,7 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path):
         ),
         (
             *("generate", "sample", ["toy/x", "a red disc", "sampler.shift=3", "--seed", "7", "--out", "y.mp4"]),
-            *(("toy/x", "a red disc", ["sampler.shift=3"]), {"then": [], "seed": 7, "frames": 81, "out": Path("y.mp4")}),
+            *(("toy/x", "a red disc", ["sampler.shift=3"]), {"then": [], "given": None, "seed": 7, "frames": 81, "out": Path("y.mp4")}),
         ),
         (
             *("reproduce", "reproduce", ["toy", "--only", "a", "--only", "b", "--limit", "2"]),
