@@ -51,7 +51,7 @@ def _runs() -> dict[str, Path]:
     return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
 
 
-WHAT = ("recipes", "baselines", "suites", "studies", "scorers", "policies", "methods", "hardware")
+WHAT = ("recipes", "baselines", "suites", "studies", "scorers", "policies", "methods", "hardware", "environments")
 
 Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
 Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
@@ -259,6 +259,25 @@ def fetch(
         print(line)
 
 
+@app.command()
+def env(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name or YAML file.", autocompletion=_completes(lambda: _environments()), show_default=False)
+    ],
+    options: Annotated[list[str] | None, typer.Option("--with", help="An option of it; may be given several times.", show_default=False)] = None,
+    python: Annotated[Path | None, typer.Option("--python", help="The interpreter to build it on.", show_default=False)] = None,
+    fresh: Fresh = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build an interpreter of its own for packages that cannot live beside rfbench's; prints where it is."""
+    from rfbench import envs
+
+    path = envs.build(name, options or [], base=python, fresh=fresh, dry_run=dry_run)
+    if not dry_run:
+        print(json.dumps({"path": str(path)}) if as_json else path)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(metavar="|".join(WHAT), autocompletion=_completes(lambda: WHAT), show_default=False)], as_json: Json = False
@@ -300,6 +319,12 @@ def _scorers() -> list[str]:
     from rfbench.scorers.base import SCORERS
 
     return list(SCORERS)
+
+
+def _environments() -> list[str]:
+    from rfbench import envs
+
+    return envs.names()
 
 
 def _run(name_or_path: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rfbench import config, provenance
+from rfbench import config, envs, provenance
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import atomic
@@ -34,7 +34,7 @@ class Check:
 def examine() -> list[Check]:
     """Every check, in the order in which things are needed; none of them raises."""
     checks: list[Check] = []
-    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _baselines, _extras):
+    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _baselines, _environments, _extras):
         try:
             checks += look()
         except UserError as error:
@@ -152,6 +152,16 @@ def _baselines() -> Iterator[Check]:
     yield from _each("baseline", list(config.names_of(Baseline)), found)
 
 
+def _environments() -> Iterator[Check]:
+    def found(name: str) -> str:
+        envs.python(name)
+        built = envs.found(name)
+        assert built is not None
+        return f"Python {built.python}, {len(built.packages)} packages{''.join(f', with {option}' for option in built.options)}"
+
+    yield from _each("environment", envs.names(), found)
+
+
 def _each(kind: str, names: list[str], look: Callable[[str], str]) -> Iterator[Check]:
     for name in names:
         try:
@@ -163,7 +173,7 @@ def _each(kind: str, names: list[str], look: Callable[[str], str]) -> Iterator[C
 
 
 def _extras() -> Iterator[Check]:
-    extras = {"flash_attn": "gpu", "transformers": "wan", "accelerate": "wan", "vbench": "vbench"}
+    extras = {"flash_attn": "gpu", "transformers": "wan", "accelerate": "wan"}
     for module, extra in extras.items():
         if importlib.util.find_spec(module):
             yield Check(module, "ok", importlib.metadata.version(module.replace("_", "-")))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rfbench import config, suites
+from rfbench import config, envs, suites
 from rfbench.config import Baseline, Recipe, Study
 from rfbench.errors import UserError
 from rfbench.registry import pick
@@ -92,6 +92,18 @@ def hardware() -> list[Row]:
     return rows
 
 
+def environments() -> list[Row]:
+    """The environments that ship, and which of them are built on this machine."""
+    rows = []
+    for name in envs.names():
+        cfg, definition = envs.load(name)
+        built = envs.found(name)
+        state = "not built" if built is None else f"built {built.built}" if built.definition == definition else "built from another definition"
+        options = ", ".join(f"{option}{' (built)' if built and option in built.options else ''}" for option in cfg.options)
+        rows.append({"name": name, "title": cfg.title, "python": cfg.python, "licence": cfg.license, "options": options, "state": state})
+    return rows
+
+
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "recipes": recipes,
     "baselines": baselines,
@@ -101,6 +113,7 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "policies": policies,
     "methods": methods,
     "hardware": hardware,
+    "environments": environments,
 }
 
 

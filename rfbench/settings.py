@@ -27,6 +27,7 @@ class PathsCfg:
     runs: str = "runs"
     weights: str = "weights"
     reports: str = "reports"
+    envs: str = "envs"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Settings:
     runs: Path  # what train, generate, eval and profile write
     weights: Path  # weights that are too large to ship
     reports: Path
+    envs: Path  # interpreters of their own, that `rfbench env` builds
     hardware: dict[str, Hardware]
 
     def hardware_name(self, device: str) -> str:
@@ -85,5 +87,6 @@ def settings() -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid TOML ({error})") from None
     home = path.parent if path else Path.cwd()
-    runs, weights, reports = (home / Path(folder).expanduser() for folder in (found.paths.runs, found.paths.weights, found.paths.reports))
-    return Settings(runs, weights, reports, found.hardware)
+    paths = found.paths
+    runs, weights, reports, envs = (home / Path(folder).expanduser() for folder in (paths.runs, paths.weights, paths.reports, paths.envs))
+    return Settings(runs, weights, reports, envs, found.hardware)
