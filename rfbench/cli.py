@@ -152,7 +152,11 @@ def evaluate(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            "--scorer", "-s", help="May be given several times; all by default.", autocompletion=_completes(lambda: _scorers()), show_default=False
+            "--scorer",
+            "-s",
+            help="A name, or several between commas; all that need no weights by default.",
+            autocompletion=_completes(lambda: _scorers()),
+            show_default=False,
         ),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
@@ -162,7 +166,8 @@ def evaluate(
     """Score the clips of a run."""
     from rfbench import evaluate as verb
 
-    _print_path(verb.evaluate(_run(run), scorer or [], partial=partial, fresh=fresh), as_json)
+    names = [name.strip() for text in scorer or [] for name in text.split(",")]
+    _print_path(verb.evaluate(_run(run), names, partial=partial, fresh=fresh), as_json)
 
 
 @app.command()

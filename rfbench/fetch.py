@@ -108,7 +108,7 @@ def items_of_scorer(name: str) -> list[Item]:
     """What a scorer needs from elsewhere; most need nothing."""
     from rfbench.videoreward.model import FILES, REPOSITORY
 
-    return [Item(REPOSITORY, file) for file in FILES] if name == "videoreward" else []
+    return [Item(REPOSITORY, file) for file in FILES] if name.startswith("videoreward") else []
 
 
 def _items(licence: str | None, *wanted: WeightsCfg | None) -> list[Item]:

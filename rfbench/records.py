@@ -7,7 +7,7 @@ Standard library only, so that a scorer in another interpreter can import it. Fi
     <run>/clips.1of4.jsonl      the same by the writer of a shard; `read_clips` puts them together
     <run>/videos/<clip id>.mp4
     <run>/rounds.jsonl          profile runs: one `rfbench.timing.Round` per line
-    <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over how many clips
+    <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over which clips, <scorer>.ledger.jsonl keeps answers
 
 A file appears under its final name only when it is complete. A torn last line of a .jsonl file is what a killed writer
 leaves behind: it is dropped on read and cut off before the next append.
@@ -110,13 +110,12 @@ def atomic(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)  # after the writing: a library may have put a file of its own in place
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"could not write {path}: {error.strerror or error}; free space or fix permissions, then run it again", code=1) from error
+        with _writable(path):
+            yield temporary
+            temporary.chmod(0o644)  # after the writing: a library may have put a file of its own in place
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -219,18 +218,32 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[Callable[[Any], None]]:
     """A function that appends one row (a dataclass or a mapping) as one flushed line; a torn tail is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab+")
+
+    def append(row: Any) -> None:
+        plain = dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
+        with _writable(path):
+            file.write(canonical(plain).encode() + b"\n")
+            file.flush()
+
     try:
-        with path.open("ab+") as file:
+        with _writable(path):
             _cut_torn_tail(file)
-
-            def append(row: Any) -> None:
-                plain = dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
-                file.write(canonical(plain).encode() + b"\n")
-                file.flush()
-
-            yield append
+        yield append
+        with _writable(path):
             os.fsync(file.fileno())
+    finally:
+        with _writable(path):  # what did not fit is tried once more
+            file.close()
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """What fails in the block is a disk that is full or not writable."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"could not write {path}: {error.strerror or error}; free space or fix permissions, then run it again", code=1) from error
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from rfbench import world
-from rfbench.records import Clip, sha256_of
+from rfbench.records import Clip, Score, sha256_of
 from rfbench.registry import pick
-from rfbench.scorers.base import LIGHT, SCORERS
+from rfbench.scorers.base import LIGHT, SCORERS, Scorer
 from rfbench.scorers.sprite import track
 from rfbench.video import writing
 
@@ -43,10 +43,17 @@ def save(frames: np.ndarray, run: Path, prompt: str = "a red disc", name: str = 
     return Clip(name, 0, 0, prompt, prompt, 0, count, world.FPS, height, width, path.name, sha256_of(path))
 
 
+def answered(scorer: Scorer, clips: list[Clip], run: Path) -> list[Score]:
+    """The rows of all answers, none of which may be a refusal."""
+    answers = list(scorer.score(clips, run))
+    assert [answer.refused for answer in answers] == [None] * len(clips)
+    return [row for answer in answers for row in answer.rows]
+
+
 def rows_of(clip: Clip, run: Path) -> list[tuple[str, int | None, float]]:
     """All rows of one clip as (public name, segment, value)."""
     scorers = [pick(SCORERS, name, what="scorer") for name in LIGHT]
-    return [(f"{scorer.name}.{row.metric}", row.segment, row.value) for scorer in scorers for row in scorer.score([clip], run)]
+    return [(f"{scorer.name}.{row.metric}", row.segment, row.value) for scorer in scorers for row in answered(scorer, [clip], run)]
 
 
 def numbers(clip: np.ndarray, run: Path, prompt: str = "a red disc") -> dict[str, float]:

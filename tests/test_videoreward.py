@@ -31,7 +31,7 @@ from rfbench.videoreward import frames, model
 from rfbench.videoreward.model import ABOUT, ASKED, AXES, TOKENIZER, VIDEO, WEIGHTS, VideoReward
 from rfbench.videoreward.network import ADAPTED, LORA, UNUSED, Tokens, VideoRewardCfg, empty_network, load_network, our_name, qwen_config
 from tests import fake_runs
-from tests.filming import pixels, save
+from tests.filming import answered, pixels, save
 from tests.tiny import distance, normal
 
 WORDS = ("<unk>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", VIDEO, *ASKED, "red", "blue", "fox", "rate")
@@ -434,7 +434,7 @@ def filmed(run: Path, name: str, prompt: str, count: int) -> Clip:
 def test_the_scorer_says_what_the_model_says_of_the_decoded_file(installed: Path, tmp_path: Path) -> None:
     scorer = pick(SCORERS, "videoreward", what="scorer")
     clips = [filmed(tmp_path, "0000-0", "a red disc", 33), filmed(tmp_path, "0001-0", "a blue square", 21)]
-    rows = list(scorer.score(clips, tmp_path))
+    rows = answered(scorer, clips, tmp_path)
     assert len(rows) == 8 and {row.metric for row in rows} == set(scorer.metrics) == {*AXES, "overall"}
     judge = model.load()
     assert judge.network.rm_head.weight.dtype == torch.bfloat16
@@ -458,10 +458,23 @@ def test_the_scorers_version_is_that_of_its_weights(installed: Path, tmp_path: P
 
 def test_a_clip_that_cannot_be_shown_is_refused_by_name(installed: Path, tmp_path: Path) -> None:
     scorer = pick(SCORERS, "videoreward", what="scorer")
-    clip = filmed(tmp_path, "0003-0", "a red disc", 1)
-    with pytest.raises(UserError, match=r"clip 0003-0: VideoReward needs clips of at least 2 frames and this one has 1") as caught:
-        list(scorer.score([clip], tmp_path))
-    assert caught.value.code == 1
+    good, short = filmed(tmp_path, "0002-0", "a red disc", 9), filmed(tmp_path, "0003-0", "a red disc", 1)
+    spoken = replace(good, id="0004-0", prompt=f"a red disc {ASKED[0]}")
+    alone = answered(scorer, [good], tmp_path)
+    answers = {answer.clip: answer for answer in scorer.score([short, good, spoken], tmp_path)}
+    assert list(answers["0002-0"].rows) == alone
+    assert str(answers["0003-0"].refused).startswith("clip 0003-0: VideoReward needs clips of at least 2 frames and this one has 1")
+    assert "clip 0004-0: the prompt 'a red disc <|VQ_reward|>' contains a special token" in str(answers["0004-0"].refused)
+    assert not answers["0003-0"].rows and not answers["0004-0"].rows
+
+
+def test_the_released_scorer_shows_all_frames_at_one_size_in_the_wrong_range(installed: Path, tmp_path: Path) -> None:
+    scorer = pick(SCORERS, "videoreward-as-released", what="scorer")
+    clip = filmed(tmp_path, "0000-0", "a red disc", 5)
+    pixels_TCHW = torch.from_numpy(read_video(tmp_path, clip)).permute(0, 3, 1, 2)
+    shown = frames.resized(255 * (pixels_TCHW / 255 * 2 - 1), (336, 588))
+    wanted = model.load().score([shown], ["a red disc"])[0].tolist()
+    assert [row.value for row in answered(scorer, [clip], tmp_path)[:3]] == pytest.approx(wanted, abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(2, 400), st.sampled_from([28, 336]), st.sampled_from([28, 588])), max_size=30))

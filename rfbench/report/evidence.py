@@ -139,6 +139,11 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
     ids = {clip.id for clip in bench.clips}
     if note.get("clips") != len(ids):
         raise UserError(f"{where}: scored {note.get('clips')} clips, but the run has {len(ids)}; {again}")
+    if refused := note.get("refused"):
+        first, reason = next(iter(refused.items()))
+        raise UserError(
+            f"{where}: incomplete, {len(refused)} of {len(ids)} clips could not be scored, first {first} ({reason}); mend them, then {again}"
+        )
     if note.get("clips_sha256") != records.clips_sha256(bench.clips):
         raise UserError(f"{where}: the scored videos are not the ones that are there now; {again}")
     if not (folder / f"{scorer}.jsonl").exists() or note.get("rows_sha256") != records.sha256_of(folder / f"{scorer}.jsonl"):

@@ -1,11 +1,11 @@
-"""What a scorer is: a program that reads the files of a run and yields score rows. It never sees the model under test.
+"""What a scorer is: a program that reads the files of a run and answers for each clip. It never sees the model under test.
 
 A metric is known outside as `<scorer>.<metric>`, e.g. `motion.dynamic_degree`. Shapes: T pixel frames, H rows, W columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ SCORERS = {
     "caption": "rfbench.scorers.caption:SCORER",
     "drift": "rfbench.scorers.drift:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
+    "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
 }
 LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
 
@@ -38,8 +39,24 @@ class Metric:
     text: str  # one sentence for people
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a scorer says of one clip: its rows, all of them, or the reason for which it refuses the clip."""
+
+    clip: str
+    rows: tuple[Score, ...] = ()
+    refused: str | None = None
+
+
+class ClipError(UserError):
+    """One clip cannot be judged, and the sentence says which and why; the others can."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, code=1)
+
+
 class Scorer(Protocol):
-    """Run directory in, score rows out. `version` changes whenever a number could change."""
+    """Run directory in, answers out. `version` changes whenever a number could change."""
 
     @property
     def name(self) -> str: ...
@@ -50,29 +67,48 @@ class Scorer(Protocol):
     @property
     def metrics(self) -> Mapping[str, Metric]: ...
 
-    def score(self, clips: list[Clip], out: Path) -> Iterator[Score]:
-        """Score rows of `clips`, whose files are relative to the run directory `out`; no clip is left out.
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """Name -> sha256 of each file of weights; part of the record, and of `version`."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """A clip's rows depend on the clips beside it: then all are scored again when one is."""
+        ...
+
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
+        """An answer for each of `clips`, whose files are relative to the run directory `out`; each is kept as soon as it is there.
 
         Raises:
-            UserError: a video is missing, altered or cannot be decoded (code 1).
+            UserError: no clip at all can be judged: weights, a server or a setting are missing.
         """
         ...
+
+
+def each(clips: Iterable[Clip], judge: Callable[[Clip], Iterable[Score]]) -> Iterator[Answer]:
+    """Answers of a scorer that looks at one clip at a time; a clip of which `judge` raises ClipError is refused, and the next one follows."""
+    for clip in clips:
+        try:
+            yield Answer(clip.id, tuple(judge(clip)))
+        except ClipError as error:
+            yield Answer(clip.id, refused=str(error))
 
 
 def verify_video(run: Path, clip: Clip) -> Path:
     """The path of a clip's video, once its bytes are those that were recorded.
 
     Raises:
-        UserError: missing, truncated or altered (code 1).
+        ClipError: missing, truncated or altered.
     """
     path = run / clip.file
     again = "delete its line from clips.jsonl and generate it again"
     try:
         found = sha256_of(path)
     except OSError as error:
-        raise UserError(f"clip {clip.id}: {path} cannot be read ({error.strerror}); {again}", code=1) from None
+        raise ClipError(f"clip {clip.id}: {path} cannot be read ({error.strerror}); {again}") from None
     if found != clip.sha256:
-        raise UserError(f"clip {clip.id}: {path} is truncated or was altered (its sha256 is not the recorded one); {again}", code=1)
+        raise ClipError(f"clip {clip.id}: {path} is truncated or was altered (its sha256 is not the recorded one); {again}")
     return path
 
 
@@ -80,7 +116,7 @@ def read_video(run: Path, clip: Clip) -> Pixels:
     """A clip's frames as RGB: uint8 [T, H, W, 3], exactly as many and as large as its row says.
 
     Raises:
-        UserError: missing, altered, not decodable, or of another length or size than recorded (code 1).
+        ClipError: missing, altered, not decodable, or of another length, size or pace than recorded.
     """
     import av
     from av.video.reformatter import VideoReformatter
@@ -88,19 +124,23 @@ def read_video(run: Path, clip: Clip) -> Pixels:
     path = verify_video(run, clip)
     frames = np.empty((clip.frames, clip.height, clip.width, 3), np.uint8)
     to_rgb = VideoReformatter()  # one for all frames: asking each frame for its pixels would set up a converter every time
-    count = 0
+    count, start = 0, 0.0
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
+                if count == 0:
+                    start = frame.time or 0.0
                 if (frame.height, frame.width) != (clip.height, clip.width):
-                    raise UserError(f"clip {clip.id}: {path} is {frame.width}x{frame.height}, its row says {clip.width}x{clip.height}", code=1)
+                    raise ClipError(f"clip {clip.id}: {path} is {frame.width}x{frame.height}, its row says {clip.width}x{clip.height}")
+                if frame.time is not None and abs((frame.time - start) * clip.fps - count) > 0.5:
+                    raise ClipError(f"clip {clip.id}: {path} does not show {clip.fps} frames per second throughout, as its row says")
                 if count < clip.frames:
                     frames[count] = to_rgb.reformat(frame, format="rgb24").to_ndarray()
                 count += 1
     except (av.error.FFmpegError, IndexError) as error:  # IndexError: the file has no video stream
-        raise UserError(f"clip {clip.id}: {path} is not a video that can be decoded ({error})", code=1) from None
+        raise ClipError(f"clip {clip.id}: {path} is not a video that can be decoded ({error})") from None
     if count != clip.frames:
-        raise UserError(f"clip {clip.id}: {path} has {count} frames, its row says {clip.frames}", code=1)
+        raise ClipError(f"clip {clip.id}: {path} has {count} frames, its row says {clip.frames}")
     return frames
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from rfbench import world
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
-from rfbench.scorers.base import Metric, Pixels, read_video, verify_video
+from rfbench.scorers.base import Answer, ClipError, Metric, Pixels, each, read_video, verify_video
 from rfbench.scorers.trajectory import Trajectory, straighten
 
 Array = npt.NDArray[np.float32]
@@ -71,22 +71,30 @@ class SpriteScorer:
     version: str
     metrics: Mapping[str, Metric]
     measure: Callable[[Clip, Track], Iterator[Score]]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
 
-    def score(self, clips: list[Clip], out: Path) -> Iterator[Score]:
-        """Rows of all clips, in order. Raises UserError (code 1) for a video that is missing, altered, broken or too short."""
-        for clip in clips:
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
+        """An answer for each clip; refused are those of other worlds, and videos that are missing, altered, broken or too short."""
+
+        def judge(clip: Clip) -> Iterator[Score]:
+            try:
+                world.parse(clip.prompt)
+            except UserError as error:
+                raise ClipError(f"clip {clip.id} is not of the toy world: {error}") from None
             verify_video(out, clip)  # at each call: the kept track must not outlive the file
-            yield from self.measure(clip, _track_of(out.resolve(), clip))
+            return self.measure(clip, _track_of(out.resolve(), clip))
+
+        return each(clips, judge)
 
 
 @functools.lru_cache(maxsize=512)  # about 50 kB each for 30 s clips
 def _track_of(run: Path, clip: Clip) -> Track:
     side = 2 * REACH + 2
     if clip.frames < 3 or clip.height % BLOCK or clip.width % BLOCK or min(clip.height, clip.width) < side:
-        raise UserError(
+        raise ClipError(
             f"clip {clip.id} is {clip.frames} frames of {clip.width}x{clip.height}; the toy scorers need at least 3 frames "
-            f"of {side}x{side} or more, with sides that are multiples of {BLOCK}",
-            code=1,
+            f"of {side}x{side} or more, with sides that are multiples of {BLOCK}"
         )
     return track(read_video(run, clip))
 

@@ -5,7 +5,8 @@ It sees 2 frames per second and was trained on clips of a few seconds. Re-DMD op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,24 +14,30 @@ from torch import Tensor
 
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
-from rfbench.scorers.base import Metric, read_video
+from rfbench.scorers.base import Answer, ClipError, Metric, read_video
 from rfbench.videoreward import model
-from rfbench.videoreward.frames import as_file, token_count
+from rfbench.videoreward.frames import as_file, as_released, token_count
 from rfbench.weights import sha256_of
 
 TOKENS = 16384  # of video in a batch, padding included: about a dozen clips of 5 s
 
 
-class VideoRewardScorer:
-    """The published model from the weights directory, on a GPU if there is one."""
+METRICS = {
+    "VQ": Metric(True, "sd", "VideoReward's visual quality; 0 is the mean and 1 the spread on the data that it was trained with."),
+    "MQ": Metric(True, "sd", "VideoReward's motion quality, on the same scale."),
+    "TA": Metric(True, "sd", "VideoReward's alignment of video and prompt, on the same scale."),
+    "overall": Metric(True, "sd", "Sum of the three."),
+}
 
-    name = "videoreward"
-    metrics: Mapping[str, Metric] = {
-        "VQ": Metric(True, "sd", "VideoReward's visual quality; 0 is the mean and 1 the spread on the data that it was trained with."),
-        "MQ": Metric(True, "sd", "VideoReward's motion quality, on the same scale."),
-        "TA": Metric(True, "sd", "VideoReward's alignment of video and prompt, on the same scale."),
-        "overall": Metric(True, "sd", "Sum of the three."),
-    }
+
+@dataclass(frozen=True)
+class VideoRewardScorer:
+    """The published model from the weights directory, on a GPU if there is one, and a way to show it a clip."""
+
+    name: str
+    show: Callable[[Tensor, int, model.About], Tensor]  # bytes [T, 3, H, W], frames per second -> float [t, 3, h, w] of 0 to 255
+    metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
+    together: bool = False
 
     @property
     def version(self) -> str:
@@ -39,31 +46,49 @@ class VideoRewardScorer:
         Raises:
             UserError: they are missing.
         """
-        _, weights, _ = model.files()
-        return f"1-{sha256_of([weights])[:12]}"
+        return f"1-{self.weights[model.WEIGHTS][:12]}"
 
-    def score(self, clips: list[Clip], out: Path) -> Iterator[Score]:
-        """Four rows for every clip.
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """Its files; raises UserError if one is missing."""
+        return {name: sha256_of([path]) for name, path in zip(model.FILES, model.files(), strict=True)}
+
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
+        """Four rows for every clip; refused is one whose video is missing, altered, broken or of an impossible shape, or has a
+        single frame, or whose prompt has one of the model's special tokens.
 
         Raises:
-            UserError: the model's files are missing or not its own; a prompt has one of its special tokens. With code 1: a video is
-                missing, altered or cannot be decoded, or has a single frame or an impossible shape.
+            UserError: the model's files are missing or not its own.
         """
         judge = model.load(device="cuda" if torch.cuda.is_available() else "cpu")
-        for batch in batches((clip, shown(clip, out, judge.about)) for clip in clips):
+        refused: list[Answer] = []
+
+        def shown() -> Iterator[tuple[Clip, Tensor]]:
+            for clip in clips:
+                try:
+                    judge.ids(clip.prompt, 1)
+                    yield clip, self.show(torch.from_numpy(read_video(out, clip)).permute(0, 3, 1, 2), clip.fps, judge.about)
+                except ClipError as error:
+                    refused.append(Answer(clip.id, refused=str(error)))
+                except UserError as error:
+                    refused.append(Answer(clip.id, refused=f"clip {clip.id}: {error}"))
+
+        for batch in batches(shown()):
             scores_B3 = judge.score([frame_TCHW for _, frame_TCHW in batch], [clip.prompt for clip, _ in batch])
             for (clip, _), values in zip(batch, scores_B3.tolist(), strict=True):
-                yield from (Score(clip.id, axis, value) for axis, value in zip(model.AXES, values, strict=True))
-                yield Score(clip.id, "overall", sum(values))
+                named = zip(METRICS, (*values, sum(values)), strict=True)
+                yield Answer(clip.id, tuple(Score(clip.id, metric, value) for metric, value in named))
+        yield from refused
 
 
-def shown(clip: Clip, out: Path, about: model.About) -> Tensor:
-    """The frames of a clip that the model is shown: float [T, 3, H, W] of 0 to 255."""
-    pixels = read_video(out, clip)
-    try:
-        return as_file(torch.from_numpy(pixels).permute(0, 3, 1, 2), video_fps=clip.fps, fps=about.fps, most=about.max_pixels)
-    except UserError as error:
-        raise UserError(f"clip {clip.id}: {error}", code=error.code) from None
+def native(frame_TCHW: Tensor, video_fps: int, about: model.About) -> Tensor:
+    """As the public code reads a file: 2 frames per second, at the clip's own shape."""
+    return as_file(frame_TCHW, video_fps=video_fps, fps=about.fps, most=about.max_pixels)
+
+
+def released(frame_TCHW: Tensor, video_fps: int, about: model.About) -> Tensor:
+    """As Reward-Forcing's training shows it: all frames at 336x588, in the range of -255 to 255."""
+    return as_released(frame_TCHW / 127.5 - 1)
 
 
 def batches(clips: Iterable[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, Tensor]]]:
@@ -80,4 +105,5 @@ def batches(clips: Iterable[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, T
         yield batch
 
 
-SCORER = VideoRewardScorer()
+SCORER = VideoRewardScorer("videoreward", native)
+RELEASED = VideoRewardScorer("videoreward-as-released", released)
