@@ -18,7 +18,7 @@ from rfbench.errors import UserError
 from rfbench.records import RANDOM
 from rfbench.weights import identity, resolve
 
-TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by", "reported")  # of a baseline, what no video depends on
+TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by")  # of a baseline, what no video depends on
 
 
 @dataclass(frozen=True)

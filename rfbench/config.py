@@ -178,17 +178,6 @@ class WeightsCfg:
 
 
 @dataclass(frozen=True)
-class Reported:
-    """A number that somebody printed. Sources that contradict each other are rows side by side."""
-
-    metric: str
-    value: float
-    source: str  # where it is printed
-    by: str  # who measured it
-    note: str = ""  # protocol: prompts, hardware, what is counted
-
-
-@dataclass(frozen=True)
 class License:
     code: str
     weights: str
@@ -197,7 +186,7 @@ class License:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A contender: weights, backbone, sampler settings, what its authors report, what it was trained on."""
+    """A contender: weights, backbone, sampler settings, what it was trained on. What was printed about it: `rfbench.published`."""
 
     title: str
     backbone: str
@@ -211,7 +200,6 @@ class Baseline:
     max_latents: int | None = None  # longest clip that it can make; None is any length
     saw: tuple[str, ...] = ()  # metrics that were optimised in training
     trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
-    reported: tuple[Reported, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,6 +286,7 @@ class Contender:
     seeds: tuple[int, ...] = (0,)  # training seeds, with `recipe`
     set: dict[str, Any] = field(default_factory=dict)  # overrides: of the recipe with `recipe`, of the baseline otherwise
     suites: tuple[str, ...] | None = None  # None: all of the study's
+    system: str | None = None  # whose published numbers stand beside its own; None: its baseline's, if nothing is `set`
 
     def __post_init__(self) -> None:
         if sum(source is not None for source in (self.baseline, self.recipe, self.of)) != 1:

@@ -16,7 +16,7 @@ import rfbench
 PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
-    {"strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning", "vbench", "envs"},
+    {"strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning", "vbench", "envs", "published"},
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
     {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive"},
     {"methods", "scorers", "timing", "recipes"},

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rfbench import config, records, statistics, timing
-from rfbench.config import Contender, Reported, Study
+from rfbench import config, published, records, statistics, timing
+from rfbench.config import Contender, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.published import Reported
 from rfbench.records import RANDOM
 from rfbench.report import evidence
 from rfbench.report.evidence import Bench, Scores, Timed, Training
@@ -134,8 +135,24 @@ def study_rows(study: Study, name: str) -> tuple[Row, ...]:
         seeds = root(contender).seeds if root(contender).recipe else ()
         runs = tuple(f"{name}/{contender.name}-s{seed}" for seed in seeds) or (f"{name}/{contender.name}",)
         suites = None if contender.suites is None else tuple(map(suite_name, contender.suites))
-        rows.append(Row(contender.name, runs, seeds, note(contender), suites))
+        told = published.about(_system(contender, study.title))
+        rows.append(Row(contender.name, runs, seeds, note(contender), suites, reported=told))
     return tuple(rows)
+
+
+def _system(contender: Contender, where: str) -> str | None:
+    """Whose published numbers stand beside those of a contender.
+
+    Raises:
+        UserError: it names a system about which nothing was printed.
+    """
+    if contender.system is not None and contender.system not in published.systems():
+        known = published.systems()
+        raise UserError(
+            f"study '{where}', contender '{contender.name}': nothing is published about '{contender.system}'{did_you_mean(contender.system, known)}"
+        )
+    unchanged = contender.baseline is not None and not contender.set
+    return contender.system or (published.system_of(str(contender.baseline)) if unchanged else None)
 
 
 def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str], list[str]]) -> Board:
@@ -187,7 +204,15 @@ def read_runs(directories: Sequence[Path]) -> Board:
     suites = tuple(dict.fromkeys(name.rpartition("/")[2] for name in kinds["generate"]))
     if not suites:
         raise UserError("none of these runs has clips to report on; name a run of generate, for example reward-forcing/toy-short")
-    rows = tuple(Row(name, (name,), suites=tuple(suite for suite in suites if f"{name}/{suite}" in kinds["generate"])) for name in names)
+    rows = tuple(
+        Row(
+            name,
+            (name,),
+            suites=tuple(suite for suite in suites if f"{name}/{suite}" in kinds["generate"]),
+            reported=published.about(published.system_of(name)),
+        )
+        for name in names
+    )
     board = _read(rows, suites, None, profiles, lambda verb, name: kinds[verb].get(name), strict=True)
     return dataclasses.replace(board, trainings=tuple(evidence.read_training(path) for path in kinds["train"].values()))
 
@@ -260,7 +285,7 @@ def _described(row: Row, benches: Sequence[Bench]) -> Row:
     caveats = [RANDOM_WEIGHTS] if any(bench.weights_sha256 == RANDOM for bench in benches) else []
     caveats += [TINY_DECODER] if any(bench.baseline.decoder == "tiny" for bench in benches) else []
     seeds = row.seeds or ((int(first.trained_by["seed"]),) if "seed" in first.trained_by else ())
-    return dataclasses.replace(row, title=first.title, saw=first.saw, reported=first.reported, seeds=seeds, caveats=tuple(caveats))
+    return dataclasses.replace(row, title=first.title, saw=first.saw, seeds=seeds, caveats=tuple(caveats))
 
 
 def _same_conditions(benches: dict[Any, Bench], scores: dict[Any, tuple[Scores, ...]], problems: Problems, *, strict: bool) -> None:

@@ -1,0 +1,198 @@
+"""What has been printed about systems, table by table, contradictions included: the only place where a published number stands.
+
+    published/<source>.yaml      a paper, leaderboard or thread with its tables, each number as it is printed: 80.00 is not 80.0
+    published/systems.yaml       what the rows are about
+    published/claims.yaml        what the paper claims, and which two of these numbers each claim is about
+
+A reader of these files makes no judgement; `rfbench.report.audit` asks which of the numbers follow from others.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rfbench.errors import UserError, did_you_mean
+from rfbench.strict import build, load_plain
+
+FOLDER = Path(__file__).resolve().parent
+SYSTEMS, CLAIMS = "systems", "claims"  # files that are no source
+NONE = "-"  # where a table prints nothing
+
+
+@dataclass(frozen=True)
+class System:
+    """What a printed row is about, and who made it."""
+
+    title: str
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a printed table: the numbers of a system in the order of the columns, separated by spaces, digits as printed."""
+
+    columns: tuple[str, ...]  # what is printed, by the name that it has here: `vbench.total`, `fps`
+    rows: dict[str, str]
+    where: str = ""  # unless it is the source's
+    protocol: str = ""
+    notes: dict[str, str] = field(default_factory=dict)  # of a column or of a row
+    details_of: str | None = None  # table of the same source that has the totals of these rows
+    counts: dict[str, int] = field(default_factory=dict)  # of whole-numbered scores (yes or no, ratings) that a column is the mean of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A paper, leaderboard or thread."""
+
+    where: str
+    by: str
+    tables: dict[str, Table]
+    independent: bool = False  # has no contender of its own
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number that somebody printed about a system."""
+
+    system: str
+    metric: str
+    text: str  # as printed
+    by: str
+    where: str
+    table: str  # <source>/<table>
+    protocol: str  # prompts, hardware, what is counted
+    whose: str  # "own", "competitor" or "independent": who measured it, seen from the system
+
+    @property
+    def value(self) -> float:
+        return float(self.text)
+
+    @property
+    def half(self) -> float:
+        """Half a unit of the last printed place: how far the number behind it may lie."""
+        return 0.5 * 10.0 ** -len(self.text.partition(".")[2])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two printed numbers that a claim compares."""
+
+    table: str  # <source>/<table>
+    metric: str
+    better: str  # system
+    than: str
+    by: str | None = None  # how much better, where that is printed as well, and in what:
+    unit: str = "points"  # points | times | percent
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim of the paper, in our words, and the printed numbers that it is about."""
+
+    text: str
+    said: str  # where: abstract, Table 2, ...
+    published: Pair
+
+
+@functools.cache
+def systems() -> Mapping[str, System]:
+    """Every system that a row may be about."""
+    found = load_plain(FOLDER / f"{SYSTEMS}.yaml", (), System)
+    return {name: build(System, value, where=f"{SYSTEMS}.yaml, {name}") for name, value in found.items()}
+
+
+@functools.cache
+def sources() -> Mapping[str, Source]:
+    """Every source by the name of its file.
+
+    Raises:
+        UserError: a file does not have these fields, a row is about no known system, or has not as many numbers as its table columns.
+    """
+    found = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        if path.stem not in (SYSTEMS, CLAIMS):
+            found[path.stem] = build(Source, load_plain(path, (), Source), where=path.name)
+            for name, table in found[path.stem].tables.items():
+                _check(table, f"{path.name}, {name}", found[path.stem])
+    return found
+
+
+@functools.cache
+def reported() -> tuple[Reported, ...]:
+    """Every printed number."""
+    found = []
+    for source_name, source in sources().items():
+        for name, table in source.tables.items():
+            for system, row in table.rows.items():
+                for metric, text in zip(table.columns, row.split(), strict=True):
+                    notes = (table.protocol, table.notes.get(metric, ""), table.notes.get(system, ""))
+                    whose = "independent" if source.independent else "own" if systems()[system].by == source.by else "competitor"
+                    told = "; ".join(note for note in notes if note)
+                    if text != NONE:
+                        where = table.where or source.where
+                        found.append(Reported(system, metric, text, source.by, where, f"{source_name}/{name}", told, whose))
+    return tuple(found)
+
+
+def about(system: str | None) -> tuple[Reported, ...]:
+    """What has been printed about a system."""
+    return tuple(row for row in reported() if row.system == system)
+
+
+def system_of(baseline: str) -> str | None:
+    """The system that a baseline of this name is, if anything has been printed about it."""
+    name = baseline.rpartition("/")[2].removesuffix(".yaml")
+    return name if name in systems() else None
+
+
+def cell(table: str, system: str, metric: str) -> Reported:
+    """One printed number.
+
+    Raises:
+        UserError: it is not there.
+    """
+    found = [row for row in reported() if (row.table, row.system, row.metric) == (table, system, metric)]
+    if not found:
+        known = [row.system for row in reported() if (row.table, row.metric) == (table, metric)]
+        raise UserError(f"published table '{table}' has no '{metric}' of '{system}'{did_you_mean(system, known)}")
+    return found[0]
+
+
+@functools.cache
+def statements() -> Mapping[str, Statement]:
+    """The paper's claims by id.
+
+    Raises:
+        UserError: a claim is about numbers that no table has.
+    """
+    found = {}
+    for name, value in load_plain(FOLDER / f"{CLAIMS}.yaml", (), Statement).items():
+        found[name] = build(Statement, value, where=f"{CLAIMS}.yaml, {name}")
+        pair = found[name].published
+        for system in (pair.better, pair.than):
+            cell(pair.table, system, pair.metric)
+    return found
+
+
+def _check(table: Table, where: str, source: Source) -> None:
+    for system, row in table.rows.items():
+        if system not in systems():
+            raise UserError(f"{where}: there is no system '{system}' in {SYSTEMS}.yaml{did_you_mean(system, systems())}")
+        texts = row.split()
+        if len(texts) != len(table.columns):
+            raise UserError(f"{where}: '{system}' has {len(texts)} numbers for {len(table.columns)} columns; write {NONE} where none is printed")
+        for text in texts:
+            if text != NONE and not re.fullmatch(r"-?\d+(\.\d+)?", text):
+                raise UserError(f"{where}: '{text}' of '{system}' is no printed number")
+    for note in table.notes:
+        if note not in table.columns and note not in table.rows:
+            raise UserError(f"{where}: the note on '{note}' is about no column and no row{did_you_mean(note, [*table.columns, *table.rows])}")
+    for column in table.counts:
+        if column not in table.columns:
+            raise UserError(f"{where}: 'counts' names '{column}', which is no column{did_you_mean(column, table.columns)}")
+    if table.details_of is not None and table.details_of not in source.tables:
+        raise UserError(f"{where}: there is no table '{table.details_of}'{did_you_mean(table.details_of, source.tables)}")
