@@ -63,10 +63,10 @@ def generate(
     asked = suites.load_suite(suite, limit)
     frames = asked.frames_at(ready.fps)
     latents = ready.latents(frames, f"suite '{asked.name}'")
-    items = [(prompt, sample) for prompt in asked.prompts for sample in range(asked.samples)]
+    items = asked.items
     mine = items if shard is None else suites.shard(items, shard)
     directory = settings().runs / "bench" / ready.name / asked.name
-    inputs = ready.inputs() | {"suite": strict.as_plain(asked) | {"sha256": suites.suite_sha256(asked)}}
+    inputs = ready.inputs() | {"suite": suites.declared(asked) | {"sha256": suites.suite_sha256(asked)}}
     if dry_run:
         say(f"{len(mine)} clips of {frames} frames, {len(records.read_clips(directory))} rows are there")
         return directory

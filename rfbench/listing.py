@@ -49,11 +49,19 @@ def studies() -> list[Row]:
 
 def suite_rows() -> list[Row]:
     """The built-in suites."""
+
+    def row(name: str) -> Row:
+        suite = suites.load_suite(name)
+        more = len(suite.items) - len(suite.prompts) * suite.samples
+        clips = f"{len(suite.prompts)} prompts x {suite.samples}{f' + {more}' if more else ''}"
+        return {"clips": clips, "frames": suite.frames, "seconds": round(suite.frames / suite.fps, 1)}
+
     rows = []
     for name, header in suites.SUITES.items():
-        suite = suites.load_suite(name)
-        clips = f"{len(suite.prompts)} prompts x {suite.samples}"
-        rows.append({"name": name, "title": header.title, "clips": clips, "frames": suite.frames, "seconds": round(suite.frames / suite.fps, 1)})
+        try:
+            rows.append({"name": name, "title": header.title, **row(name)})
+        except UserError as error:
+            rows.append({"name": name, "title": f"{header.title}: {error}"})
     return rows
 
 

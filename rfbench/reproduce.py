@@ -257,7 +257,7 @@ def _trained(directory: Path, training: Training) -> str:
 
 
 def _clips(directory: Path, asked: Suite, scorers: Sequence[str]) -> str:
-    there, wanted = len(records.read_clips(directory)), len(asked.prompts) * asked.samples
+    there, wanted = len(records.read_clips(directory)), len(asked.items)
     if there < wanted:
         return f"{there} of {wanted} clips"
     scored = sum((directory / "scores" / f"{scorer}.json").exists() for scorer in scorers)

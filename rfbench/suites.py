@@ -1,7 +1,8 @@
 """Suites: which prompts, how many samples of each, how long, at which seed. Everything that two contenders must share.
 
 A suite is one of `SUITES`, a .jsonl file of prompts (`{"text": ..., "generate_from": ...}` per line) that is run with the
-defaults of `SuiteFile`, or a .yaml file with the fields of `SuiteFile`. Prompt text never becomes part of a path.
+defaults of `SuiteFile`, or a .yaml file with the fields of `SuiteFile`. Prompt text never becomes part of a path here
+(`rfbench.vbench.staging` makes the names that VBench wants).
 """
 
 from __future__ import annotations
@@ -19,23 +20,29 @@ from typing import Any, TypeVar
 from rfbench.errors import UserError, did_you_mean
 from rfbench.records import fingerprint
 from rfbench.strict import as_plain, build
+from rfbench.vbench import prompts as vbench
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 LONGEST = 2000  # characters of a prompt
+VBENCH = "vbench"
 
 
 @dataclass(frozen=True)
 class SuiteFile:
-    """What a suite's .yaml file says; `prompts` is a .jsonl file beside it."""
+    """What a suite's .yaml file says."""
 
-    prompts: str
+    prompts: str  # a .jsonl file beside it, or `vbench`: the 946 prompts of VBench
+    extended: str | None = None  # what models are given, line by line: one of `rfbench.vbench.prompts.EXTENDED` or a .txt file beside it
     frames: int = 81  # pixel frames per clip
     fps: int = 16
     seed: int = 0
     samples: int = 1  # clips per prompt
+    filtered: int | None = None  # vbench: clips per prompt of temporal flickering, of which its filter keeps the first static ones
     title: str = ""
 
     def __post_init__(self) -> None:
+        if self.filtered is not None and (self.prompts != VBENCH or self.filtered <= self.samples):
+            raise UserError(f"'filtered' is for 'prompts: {VBENCH}' and is more than 'samples'; leave it out")
         for field, least in (("frames", 1), ("fps", 1), ("samples", 1), ("seed", 0)):
             if getattr(self, field) < least:
                 raise UserError(f"'{field}' is {getattr(self, field)}; the least is {least}")
@@ -48,6 +55,8 @@ class Prompt:
     id: int
     text: str
     generate_from: str | None = None
+    samples: int | None = None  # clips of this prompt, if not as many as of the others
+    dimensions: tuple[str, ...] = ()  # of VBench that it is for
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,19 @@ class Suite:
         """Pixel frames of a model that makes `fps` of them per second: the time from the first to the last is the suite's, or a little more."""
         return 1 + -(-(self.frames - 1) * fps // self.fps)
 
+    @property
+    def items(self) -> list[tuple[Prompt, int]]:
+        """Every clip: its prompt and which sample of it."""
+        return [(prompt, sample) for prompt in self.prompts for sample in range(prompt.samples or self.samples)]
+
 
 SUITES = {
     "toy-short": SuiteFile("toy-short.jsonl", frames=81, samples=2, title="toy world, 5 s: open, fixed and changing motion"),
     "toy-long": SuiteFile("toy-long.jsonl", frames=477, title="toy world, 30 s: motion that should hold"),
     "smoke": SuiteFile("smoke.jsonl", frames=33, title="two clips of 2 s, to see that everything runs"),
+    "vbench": SuiteFile(VBENCH, samples=5, filtered=25, title="VBench"),
+    "vbench-extended": SuiteFile(VBENCH, "self-forcing", samples=5, filtered=25, title="VBench, from rewritten prompts"),
+    "vbench-forcing": SuiteFile(VBENCH, "self-forcing", samples=5, title="VBench as the Forcing papers run it: rewritten prompts, no static filter"),
 }
 
 Item = TypeVar("Item")
@@ -95,13 +112,25 @@ def load_suite(name_or_path: str, limit: int | None = None) -> Suite:
         name, folder, header = name_or_path, PROMPTS, SUITES[name_or_path]
     else:
         raise UserError(f"there is no suite '{name_or_path}'{did_you_mean(name_or_path, SUITES)}")
-    prompts = _read_prompts(folder / header.prompts)
+    prompts = _vbench_prompts(header) if header.prompts == VBENCH else _read_prompts(folder / header.prompts)
+    if header.extended is not None:
+        prompts = _extended(prompts, header.extended, folder)
     return Suite(name, header.frames, header.fps, header.seed, header.samples, prompts[:limit])
+
+
+def declared(suite: Suite) -> dict[str, Any]:
+    """A suite as plain data, what its prompts do not say left out: a field that is new changes no suite that does not use it."""
+    plain: dict[str, Any] = as_plain(suite)
+    for prompt in plain["prompts"]:
+        for key in ("samples", "dimensions"):
+            if not prompt[key]:
+                del prompt[key]
+    return plain
 
 
 def suite_sha256(suite: Suite) -> str:
     """Identity of what a suite asks for; its name is only a label."""
-    return fingerprint({key: value for key, value in as_plain(suite).items() if key != "name"})
+    return fingerprint({key: value for key, value in declared(suite).items() if key != "name"})
 
 
 def clip_id(prompt_id: int, sample: int) -> str:
@@ -141,6 +170,24 @@ def _read_header(path: Path) -> SuiteFile:
     return header
 
 
+def _vbench_prompts(header: SuiteFile) -> tuple[Prompt, ...]:
+    """VBench's own, two of which are there twice, for other dimensions."""
+    filtered = {"temporal_flickering": header.filtered}
+    return tuple(
+        Prompt(i, entry.text, samples=filtered.get(entry.dimensions[0]), dimensions=entry.dimensions) for i, entry in enumerate(vbench.entries())
+    )
+
+
+def _extended(prompts: tuple[Prompt, ...], name: str, folder: Path) -> tuple[Prompt, ...]:
+    lines = vbench.rewritings(name, folder)
+    if len(lines) != len(prompts):
+        raise UserError(f"the rewritten prompts '{name}' have {len(lines)} lines for {len(prompts)} prompts; line i is for prompt i")
+    for number, line in enumerate(lines, start=1):
+        if problem := _unusable(line):
+            raise UserError(f"rewritten prompts '{name}' line {number}: {problem}")
+    return tuple(dataclasses.replace(prompt, generate_from=line) for prompt, line in zip(prompts, lines, strict=True))
+
+
 def _read_prompts(path: Path) -> tuple[Prompt, ...]:
     if not path.is_file():
         raise UserError(f"prompts {path}: there is no such file")
@@ -171,7 +218,7 @@ def _read_prompt(line: str, prompt_id: int, where: str) -> Prompt:
         raise UserError(f'{where}: not JSON; write {{"text": "a red disc"}}') from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not isinstance(value.get("generate_from"), str | None):
         raise UserError(f'{where}: expected an object with a string "text" and, if you like, a string "generate_from"')
-    fields = [field.name for field in dataclasses.fields(Prompt) if field.name != "id"]
+    fields = ["text", "generate_from"]
     for key in value:
         if key not in fields:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, fields)}")
