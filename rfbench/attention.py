@@ -15,7 +15,9 @@ from torch.nn import functional
 
 def attend(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None = None) -> Tensor:
     """Softmax attention of every query over every key (or those that `mask_SK` allows), in the values' dtype: [B, S, H, D]."""
-    q, k, v = (x.to(v_BKHD.dtype).transpose(1, 2) for x in (q_BSHD, k_BKHD, v_BKHD))
+    if not q_BSHD.dtype == k_BKHD.dtype == v_BKHD.dtype:
+        q_BSHD, k_BKHD = q_BSHD.to(v_BKHD.dtype), k_BKHD.to(v_BKHD.dtype)
+    q, k, v = q_BSHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_SK).transpose(1, 2)
 
 
@@ -25,6 +27,7 @@ def kernel() -> str:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may serve gradients later on
 def rotations(frames: tuple[int, ...], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Complex rotations of the tokens of the frames at the given time positions: [F*h*w, 1, D/2].
 
@@ -49,5 +52,6 @@ def rotations(frames: tuple[int, ...], height: int, width: int, head_dim: int, d
 
 def rotate(x_BSHD: Tensor, rotation_S1D: Tensor) -> Tensor:
     """Rotate adjacent pairs of the head by their position, in float32."""
-    pairs = torch.view_as_complex(x_BSHD.float().view(*x_BSHD.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation_S1D).view(x_BSHD.shape).to(x_BSHD.dtype)
+    x = x_BSHD if x_BSHD.dtype == torch.float32 else x_BSHD.float()
+    turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * rotation_S1D).view(x.shape)
+    return turned if x_BSHD.dtype == torch.float32 else turned.to(x_BSHD.dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +79,25 @@ def runs(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a chunk in work is to the cache, the same in all passes and layers."""
+
+    rotation: Tensor  # of its own tokens
+    targets: list[list[tuple[slice, Tensor, Tensor, Tensor]]]  # per layer and piece: its tokens, and where their rotated and raw keys and values go
+    seen: list[tuple[Tensor, Tensor]]  # per layer, the keys and values that it attends to: slots are handed out lowest first, so they come first
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a chunk that comes in does to the stored frames, the same in all layers."""
+
+    merges: tuple[tuple[slice, slice, slice], ...] = ()  # evicted tokens, those of the sink that they are averaged into, and the average's own
+    alpha: float = 0.0  # share of the old sink
+    gather: tuple[tuple[int, int, slice], ...] = ()  # pieces of the sink, when it is folded into for the first time
+    turns: tuple[tuple[slice, Tensor], ...] = ()  # kept tokens whose keys are rotated anew
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """Sizes that a denoiser's cache has; `latents` is the longest clip, needed by policy `full` alone."""
 
@@ -122,7 +141,13 @@ class KVCache:
 
         self.rotated, self.values = buffers(), buffers()
         self.raw = buffers() if cfg.rope == "relative" else self.rotated
-        self.sinks: list[tuple[Tensor, Tensor]] = []  # sink K and V in `fold_dtype`, once something was folded
+        self.sinks: list[tuple[Tensor, Tensor]] = []  # sink K and V in `fold_dtype`; they count once something was folded
+        if cfg.fold_dtype is not None:
+            size, folded = (shape.batch, (cfg.sink or 0) * self.tokens, shape.heads, shape.head_dim), getattr(torch, cfg.fold_dtype)
+            self.sinks = [
+                (torch.zeros(size, dtype=folded, device=device), torch.zeros(size, dtype=folded, device=device)) for _ in range(shape.layers)
+            ]
+        self.folded = False
         self.free = list(range(slots))
         self.held: list[int] = []  # physical slot of each held frame, oldest first; the chunk in work comes last
         self.numbers: list[int] = []  # which frame of the clip each held frame is
@@ -131,12 +156,14 @@ class KVCache:
         self.frames = 0  # frames that ever began
         self.shot: int | None = None  # frame that the shot began with; None: the clip's first shot, whose sink is the clip's
         self.offset = 0  # frames by which positions are ahead of numbers
-        self.rotation = torch.empty(0)  # of the chunk in work
-        self.places: list[tuple[int, int, slice]] = []  # where its frames go, see `_runs`
-        self.used = 0  # tokens that it attends to: slots are handed out lowest first, so they are the first ones
+        self.view = self.before = View(torch.empty(0), [], [])  # of the chunk in work, and of the one before it
+        self.move = Move()  # of the chunk in work
 
-    def begin(self, frames: int, *, cut: bool = False) -> None:
+    def begin(self, frames: int, *, cut: bool = False, carried: bool = True) -> None:
         """Make room for a chunk of `frames` frames: evict, fold, renumber.
+
+        Unless `carried`, the stored frames stay as they are until `carry` was called for every layer: the clean pass of the
+        chunk before may go on in `before` meanwhile, one layer ahead.
 
         With `cut` the chunk begins a shot (`shot_offset`): from then on positions are further ahead, and once the chunk is past, its
         first frames stay in place of those of the shot before, beside the clip's own sink (arXiv:2605.18739, NVlabs/LongLive@7860ad9).
@@ -149,11 +176,12 @@ class KVCache:
         if cut:
             assert self.cfg.shot_offset is not None
             self.shot, self.offset = self.frames, self.offset + self.cfg.shot_offset
-        if step.fold:
-            assert self.cfg.alpha is not None
-            self._merge(step.fold, self.cfg.alpha)
-        if step.overwrite:
-            self._merge(step.overwrite, 0.0)
+        folds = [(self.held[gone], self.held[sink], sink) for gone, sink in step.fold or step.overwrite]
+        alpha = (self.cfg.alpha or 0.0) if step.fold else 0.0
+        for gone, sink, _ in folds:
+            self._merge_traces(gone, sink, alpha)
+        pieces = self._runs(self.held[: self.cfg.sink]) if folds and not self.folded else []
+        self.folded = self.folded or bool(folds)
         kept = [self.held[slot] for slot in step.keep]
         self.free = sorted(self.free + [slot for slot in self.held if slot not in kept])
         if frames > len(self.free):
@@ -162,13 +190,27 @@ class KVCache:
         self.held = kept + self.free[:frames]
         self.free = self.free[frames:]
         self.numbers = [self.numbers[slot] for slot in step.keep] + list(range(self.frames, self.frames + frames))
-        if self.cfg.rope == "relative":
-            self._rotate(len(kept))
         self.chunk = frames
         self.frames += frames
-        self.rotation = self._rotation(len(kept), len(self.held), self.values[0].device)
-        self.places = self._runs(self.held[len(kept) :])
-        self.used = (len(self.held) + self._empty()) * self.tokens
+        merges = tuple(tuple(self._tokens(number, last - first) for number in folds[first]) for first, last in runs(folds))
+        self.move = Move(cast(tuple[tuple[slice, slice, slice], ...], merges), alpha, tuple(pieces), self._turns(len(kept)))
+        self.before, self.view = self.view, self._view(len(kept))
+        if carried:
+            for layer in range(self.shape.layers):
+                self.carry(layer)
+
+    def carry(self, layer: int) -> None:
+        """Do to the stored frames of a layer what `begin` left to be done: fold into the sink, then rotate what is kept to its new positions."""
+        move, raw, values, rotated = self.move, self.raw[layer], self.values[layer], self.rotated[layer]
+        for buffer, average in zip((raw, values), self.sinks[layer] if move.merges else (), strict=False):
+            for first, last, tokens in move.gather:
+                average[:, first * self.tokens : last * self.tokens] = buffer[:, tokens]
+            for evicted, sink, own in move.merges:  # sink = alpha sink + (1 - alpha) evicted, raw keys and values alike
+                part = average[:, own]
+                part.mul_(move.alpha).add_(buffer[:, evicted].to(part.dtype) * (1 - move.alpha))
+                buffer[:, sink] = part
+        for tokens, rotation in move.turns:
+            rotated[:, tokens] = rotate(raw[:, tokens], rotation)
 
     def rewind(self) -> list[int]:
         """Forget all frames but the sink's, so that they can be brought in again; their numbers in the clip, in order."""
@@ -187,21 +229,29 @@ class KVCache:
         Returns:
             queries [B, S, H, D], keys [B, K, H, D], values [B, K, H, D].
         """
-        queries, keys = rotate(q_BSHD, self.rotation), rotate(k_BSHD, self.rotation)
-        if torch.is_grad_enabled():
-            first = len(self.held) - self.chunk
-            if self.gradients == "in_place":
-                self._trace(layer, self.held[first:], k_BSHD if self.cfg.rope == "relative" else keys, v_BSHD)
-            past_k, past_v = self._past(layer, first)
-            nothing = [torch.zeros_like(keys[:, : self.tokens])] * self._empty()
-            return queries, torch.cat([*past_k, keys, *nothing], 1), torch.cat([*past_v, v_BSHD, *nothing], 1)
-        written = [(self.rotated[layer], keys), (self.values[layer], v_BSHD)]
-        if self.cfg.rope == "relative":
-            written.append((self.raw[layer], k_BSHD))
-        for buffer, new in written:
-            for first, last, slots in self.places:
-                buffer[:, slots] = new[:, first * self.tokens : last * self.tokens]
-        return queries, self.rotated[layer][:, : self.used], self.values[layer][:, : self.used]
+        if not torch.is_grad_enabled():
+            return self.put(layer, torch.stack((q_BSHD, k_BSHD), 2), v_BSHD, self.view, raw=True)
+        queries, keys = rotate(q_BSHD, self.view.rotation), rotate(k_BSHD, self.view.rotation)
+        first = len(self.held) - self.chunk
+        if self.gradients == "in_place":
+            self._trace(layer, self.held[first:], k_BSHD if self.cfg.rope == "relative" else keys, v_BSHD)
+        past_k, past_v = self._past(layer, first)
+        nothing = [torch.zeros_like(keys[:, : self.tokens])] * self._empty()
+        return queries, torch.cat([*past_k, keys, *nothing], 1), torch.cat([*past_v, v_BSHD, *nothing], 1)
+
+    def put(self, layer: int, qk_BS2HD: Tensor, v_BSHD: Tensor, view: View, *, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As `extend`, without gradients: raw queries and keys in one tensor, for the chunk in work or the one before it.
+
+        Later chunks need the `raw` keys of the clean pass, and nobody those of another.
+        """
+        turned = rotate(qk_BS2HD, view.rotation.unsqueeze(1))
+        queries, keys = turned.unbind(2)
+        for own, rotated, unrotated, values in view.targets[layer]:
+            rotated.copy_(keys[:, own])
+            values.copy_(v_BSHD[:, own])
+            if raw and self.cfg.rope == "relative":
+                unrotated.copy_(qk_BS2HD[:, own, 1])
+        return queries, *view.seen[layer]
 
     def _empty(self) -> int:
         """Slots of the sink that no frame fills yet, where those are attended to: they hold zeros, right behind the held ones."""
@@ -211,31 +261,22 @@ class KVCache:
         positions = tuple(range(first, last)) if self.cfg.rope == "relative" else tuple(number + self.offset for number in self.numbers[first:last])
         return rotations(positions, self.shape.height, self.shape.width, self.shape.head_dim, device)
 
-    def _rotate(self, kept: int) -> None:
-        """Rotate the kept raw keys to their new positions, in all layers."""
-        for first, last, slots in self._runs(self.held[:kept]):
-            rotation = self._rotation(first, last, self.values[0].device)
-            for raw, rotated in zip(self.raw, self.rotated, strict=True):
-                rotated[:, slots] = rotate(raw[:, slots], rotation)
+    def _turns(self, kept: int) -> tuple[tuple[slice, Tensor], ...]:
+        """The kept frames at their new positions, where positions change."""
+        device = self.values[0].device
+        found = self._runs(self.held[:kept]) if self.cfg.rope == "relative" else []
+        return tuple((tokens, self._rotation(first, last, device)) for first, last, tokens in found)
 
-    def _merge(self, pairs: tuple[tuple[int, int], ...], alpha: float) -> None:
-        """sink = alpha sink + (1 - alpha) evicted, raw keys and values alike; the average is kept in `fold_dtype`."""
-        assert self.cfg.fold_dtype is not None and self.cfg.sink is not None
-        dtype = getattr(torch, self.cfg.fold_dtype)
-        rows = [(self.held[gone], self.held[logical], logical) for gone, logical in pairs]
-        for first, last in runs(rows):
-            evicted, sink, logical = (self._tokens(number, last - first) for number in rows[first])
-            for layer, (keys, values) in enumerate(zip(self.raw, self.values, strict=True)):
-                if len(self.sinks) <= layer:
-                    self.sinks.append(
-                        (self._gather(keys, self.held[: self.cfg.sink]).to(dtype), self._gather(values, self.held[: self.cfg.sink]).to(dtype))
-                    )
-                for buffer, average in zip((keys, values), self.sinks[layer], strict=True):
-                    part = average[:, logical]
-                    part.mul_(alpha).add_(buffer[:, evicted].to(dtype) * (1 - alpha))
-                    buffer[:, sink] = part.to(buffer.dtype)
-        for gone, kept, _ in rows:
-            self._merge_traces(gone, kept, alpha)
+    def _view(self, kept: int) -> View:
+        """Of the chunk in work, which comes behind the kept frames."""
+        used = (len(self.held) + self._empty()) * self.tokens
+        pieces = [(slice(first * self.tokens, last * self.tokens), tokens) for first, last, tokens in self._runs(self.held[kept:])]
+        buffers = list(zip(self.rotated, self.raw, self.values, strict=True))
+        return View(
+            self._rotation(kept, len(self.held), self.values[0].device),
+            [[(own, rotated[:, tokens], raw[:, tokens], values[:, tokens]) for own, tokens in pieces] for rotated, raw, values in buffers],
+            [(rotated[:, :used], values[:, :used]) for rotated, _, values in buffers],
+        )
 
     def _merge_traces(self, gone: int, sink: int, alpha: float) -> None:
         """The sink's gradient flows to both of which it is the average; a frame without a trace takes none."""
@@ -275,6 +316,3 @@ class KVCache:
 
     def _read(self, buffer: Tensor, slots: list[int]) -> list[Tensor]:
         return [buffer[:, tokens] for _, _, tokens in self._runs(slots)] if slots else []
-
-    def _gather(self, buffer: Tensor, slots: list[int]) -> Tensor:
-        return torch.cat(self._read(buffer, slots), 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfbench.backbones.base import TEMPORAL, Backbone
-from rfbench.backbones.wan.lean import Shortcuts
+from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.config import SamplerCfg
 from rfbench.naive import naive
 from rfbench.sampler import clip_noise, stream
@@ -42,7 +42,7 @@ class Rung:
 def _streamed(shortcuts: Shortcuts) -> Run:
     def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, seed: int) -> Iterator[Tensor]:
         noise = clip_noise(backbone, [seed])
-        return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, shortcuts=shortcuts))
+        return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, lean=LeanDiT(backbone.denoiser, shortcuts)))
 
     return run
 

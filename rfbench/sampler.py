@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfbench.backbones.base import Backbone, latent_frames
-from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts
+from rfbench.backbones.wan.lean import LeanDiT
 from rfbench.cache import CacheShape, Gradients, KVCache
 from rfbench.config import SamplerCfg
 from rfbench.forcing import force
@@ -45,7 +45,8 @@ def clip_noise(backbone: Backbone, seeds: Sequence[int]) -> Noise:
     size = (backbone.shape.channels, backbone.shape.height, backbone.shape.width)
 
     def draw(frames: int) -> Tensor:
-        return torch.stack([torch.randn(frames, *size, generator=rng) for rng in generators]).to(parameter.device, backbone.denoiser.dtype)
+        drawn = [torch.randn(1, frames, *size, generator=rng) for rng in generators]
+        return (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(parameter.device, backbone.denoiser.dtype)
 
     return draw
 
@@ -88,7 +89,7 @@ def stream(
     cache_gradients: Gradients = "detached",
     mark: Callable[[str], None] | None = None,
     watch: Callable[[Tensor], None] | None = None,
-    shortcuts: Shortcuts = SHORTCUTS,
+    lean: LeanDiT | None = None,
 ) -> Iterator[Chunk]:
     """Make a batch of clips of `latents` latent frames, chunk by chunk, at constant memory.
 
@@ -105,9 +106,10 @@ def stream(
         exit_step: training: stop every chunk at this step (0-based) instead of the last.
         grad_from: training: record gradients in the exit step of chunks that start at or after this frame.
         cache_gradients: training: whether cached keys and values carry gradients, see `KVCache` (D-34).
-        mark: called with "begin", "denoised" and "cached" as each chunk passes that point, for timers.
+        mark: called with "begin", "denoised" and "cached" as each chunk passes that point, for timers. A clean pass that goes along
+            with the next chunk's first step counts there, and "cached" comes before it.
         watch: called with the noisy latents that each step starts from, for trajectories.
-        shortcuts: work that passes without gradients leave out; the video is the same with and without.
+        lean: how passes without gradients are run, made of this backbone's denoiser whose weights did not change since; None makes one.
 
     Yields:
         the clean chunks in order. The caller's work on a chunk comes before its clean pass, so pixels leave as early as they can.
@@ -151,13 +153,16 @@ def stream(
         return
     caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
     held: Sequence[KVCache | None] = caches or [None] * len(given)
-    lean = LeanDiT(model, shortcuts)
+    lean = lean or LeanDiT(model)
     due = list(switches)
+    pending: Tensor | None = None  # a clean chunk whose pass goes along with the next one's first step
     context: dict[int, Tensor] = {}  # while a switch is to come: what the clean passes of the cached chunks saw
 
-    def flow(x_BFCHW: Tensor, step: float, grad: bool = False) -> Tensor:
+    def flow(x_BFCHW: Tensor, step: float, grad: bool, clean_BFCHW: Tensor | None) -> Tensor:
         with torch.set_grad_enabled(grad):
-            if grad:  # the text projections must be recomputed, or their weights would get no gradient (D-35)
+            if clean_BFCHW is not None:
+                outs = [lean.fill_and_step(clean_BFCHW, x_BFCHW, step, text, cache) for text, cache in zip(texts, caches, strict=True)]
+            elif grad:  # the text projections must be recomputed, or their weights would get no gradient (D-35)
                 outs = [model(x_BFCHW, at(step), text, cache=cache) for text, cache in zip(given, held, strict=True)]
             else:
                 outs = [lean(x_BFCHW, step, text, cache) for text, cache in zip(texts, held, strict=True)]
@@ -166,6 +171,12 @@ def stream(
     def at(value: float) -> Tensor:
         """One timestep or sigma for all clips: a product with a single row rounds otherwise than one with a row per clip."""
         return torch.full((1, 1), value, dtype=torch.float64, device=device)
+
+    def goes_along(following: int) -> bool:
+        """Whether the next chunk begins with a pass that a clean pass can be part of: one with the same text and without gradients."""
+        given_too = initial_BFCHW is not None and following < initial_BFCHW.shape[1]
+        graded = grad_from is not None and last == 0 and following >= grad_from
+        return lean.shortcuts.joint and not (given_too or graded or any(frame <= following for frame, _ in due))
 
     def switch(text_BLE: Tensor) -> None:
         given[0] = text_BLE
@@ -186,7 +197,7 @@ def stream(
             due = due[len(ready) :]
             switch(ready[-1])
         for cache in caches:
-            cache.begin(length, cut=shots and bool(ready) and start > 0)
+            cache.begin(length, cut=shots and bool(ready) and start > 0, carried=pending is None)
         if initial_BFCHW is not None and start < initial_BFCHW.shape[1]:
             x0 = initial_BFCHW[:, start : start + length]
         else:
@@ -195,7 +206,8 @@ def stream(
                 if watch is not None:
                     watch(x)
                 grad = number == last and grad_from is not None and start >= grad_from
-                velocity = flow(x, steps[number], grad)
+                velocity = flow(x, steps[number], grad, pending)
+                pending = None
                 following = sigmas[number + 1] if number < len(sigmas) - 1 else 0.0
                 if solver is not None:
                     x0 = x = solver.step(x, velocity)
@@ -203,15 +215,18 @@ def stream(
                     x0 = x = x + velocity * (following - sigmas[number])
                 else:
                     with torch.set_grad_enabled(grad):
-                        x0 = flow_to_x0(velocity, x, at(sigmas[number]))
+                        x0 = flow_to_x0(velocity, x, sigmas[number])
                     if number < last:
-                        x = add_noise(x0, noise(length), at(following))
+                        x = add_noise(x0, noise(length), following)
         tell("denoised")
         yield Chunk(index, start, x0)
         if start + length < latents:
-            clean = add_noise(x0.detach(), noise(length), at(cfg.context_noise)) if cfg.context_noise else x0.detach()
-            for text, cache in zip(texts, caches, strict=True):
-                lean.fill(clean, text, cache)
+            clean = add_noise(x0.detach(), noise(length), cfg.context_noise) if cfg.context_noise else x0.detach()
+            if goes_along(start + length):
+                pending = clean
+            else:
+                for text, cache in zip(texts, caches, strict=True):
+                    lean.fill(clean, text, cache)
             if due and not shots:
                 cached = {number // length for number in caches[0].numbers}
                 context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}

@@ -71,14 +71,18 @@ def wan_grid(count: int, shift: float) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(float(int(sigma * TABLE)) for sigma in sigmas), tuple(sigmas)
 
 
-def add_noise(x0_BFCHW: Tensor, noise_BFCHW: Tensor, sigma_BF: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma noise, in float64, returned in x0's dtype."""
+def add_noise(x0_BFCHW: Tensor, noise_BFCHW: Tensor, sigma_BF: Tensor | float) -> Tensor:
+    """(1 - sigma) x0 + sigma noise, in float64, returned in x0's dtype; one sigma for everything is one operation in float32."""
+    if isinstance(sigma_BF, float):
+        return torch.lerp(x0_BFCHW, noise_BFCHW, sigma_BF)
     sigma = sigma_BF.double()[..., None, None, None]
     return ((1 - sigma) * x0_BFCHW.double() + sigma * noise_BFCHW.double()).to(x0_BFCHW.dtype)
 
 
-def flow_to_x0(flow_BFCHW: Tensor, xt_BFCHW: Tensor, sigma_BF: Tensor) -> Tensor:
-    """x_t - sigma flow."""
+def flow_to_x0(flow_BFCHW: Tensor, xt_BFCHW: Tensor, sigma_BF: Tensor | float) -> Tensor:
+    """x_t - sigma flow, as `add_noise` computes."""
+    if isinstance(sigma_BF, float):
+        return torch.sub(xt_BFCHW, flow_BFCHW, alpha=sigma_BF)
     return (xt_BFCHW.double() - sigma_BF.double()[..., None, None, None] * flow_BFCHW.double()).to(flow_BFCHW.dtype)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rfbench import baselines, sampler, video
 from rfbench.backbones.base import Backbone
+from rfbench.backbones.wan.lean import SHORTCUTS
 from rfbench.backbones.wan.text import WanText
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
@@ -155,7 +156,8 @@ def take(contestant: Contestant, number: int) -> Turn:
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    return Turn(contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold)
+    joint = cfg.cache is not None and cfg.solver != "rolling" and SHORTCUTS.joint
+    return Turn(contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold, joint)
 
 
 def meter() -> tuple[str, Callable[[], int]]:

@@ -53,6 +53,7 @@ class Turn:
     reserved_bytes: int | None  # the same with what torch keeps in reserve on the GPU
     device_bytes: int | None  # in use on the GPU as a whole when the turn ended
     cold_start_s: float | None  # from the start of its process to its first frame; in the first turn of a process that loaded weights
+    joint: bool = False  # a context pass goes along with the next chunk's first step, so it counts there and cannot be told apart
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ TIMINGS: dict[str, Timing] = {
     ),
     "dit_fps_no_context": Timing(
         Metric(True, "FPS", "The same without the context pass, as some publish it: a stream cannot go on without that pass."),
-        lambda turn: _dit_fps(turn, denoising),
+        lambda turn: None if turn.joint else _dit_fps(turn, denoising),
     ),
     "e2e_fps": Timing(
         Metric(True, "FPS", f"Frames after chunk {STEADY - 1} over the time that they take until they can be read: decoding and copying included."),

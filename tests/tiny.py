@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
-from rfbench.backbones.wan.lean import LeanDiT
+from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts
 from rfbench.cache import KVCache
 from rfbench.config import WeightsCfg
 from rfbench.weights import load_into
@@ -82,8 +83,14 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def observe(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, float, KVCache, Tensor], None]) -> None:
-    """Hear of every pass of a stream without gradients, once it is over: its frames, timestep, cache and flow; a clean pass gives none."""
-    call, fill = LeanDiT.__call__, LeanDiT.fill
+    """Hear of every pass of a stream without gradients, once it is over: its frames, timestep, cache and flow; a clean pass gives none.
+
+    Clean passes are passes of their own while somebody listens.
+    """
+    make, call, fill = LeanDiT.__init__, LeanDiT.__call__, LeanDiT.fill
+
+    def made(lean: LeanDiT, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS) -> None:
+        make(lean, model, dataclasses.replace(shortcuts, joint=False))
 
     def noisy(lean: LeanDiT, x: Tensor, t: float, text: Any, cache: KVCache) -> Tensor:
         flow = call(lean, x, t, text, cache)
@@ -94,5 +101,6 @@ def observe(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, float, KVCa
         fill(lean, x, text, cache)
         told(x, 0.0, cache, x[:0])
 
+    monkeypatch.setattr(LeanDiT, "__init__", made)
     monkeypatch.setattr(LeanDiT, "__call__", noisy)
     monkeypatch.setattr(LeanDiT, "fill", clean)
