@@ -211,7 +211,7 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where it goes, instead of the reports folder.", show_default=False)] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the evidence as records that can be committed.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Fail if the written report is not what the runs say.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail unless the committed reports and records are whole and agree.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tables, plots and verdicts, as Markdown, CSV and one HTML page."""

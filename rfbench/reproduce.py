@@ -91,7 +91,7 @@ def reproduce(
         _time(plan, plan.study.profile, fresh)
     elif plan.study.profile is not None:
         say("timing is left out: contenders are timed in turn, all of them together, which --only prevents")
-    page = report.report([], study=study, out=out)
+    page = report.report([], study=study, out=out, record=True)
     show(plan)
     return page
 

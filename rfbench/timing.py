@@ -85,7 +85,16 @@ def read_rounds(directory: Path) -> list[Round]:
     """
     path = directory / "rounds.jsonl"
     rows: list[dict[str, Any]] = records.read_rows(path, dict)
-    return [strict.build(Round, row, where=f"{path} round {i}") for i, row in enumerate(rows)]
+    return as_rounds(rows, str(path))
+
+
+def as_rounds(rows: Iterable[Mapping[str, Any]], where: str) -> list[Round]:
+    """Rounds from their JSON.
+
+    Raises:
+        UserError: not that of a Round; says where.
+    """
+    return [strict.build(Round, row, where=f"{where} round {i}") for i, row in enumerate(rows)]
 
 
 def order(names: Sequence[str], number: int) -> tuple[str, ...]:

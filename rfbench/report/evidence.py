@@ -1,4 +1,4 @@
-"""What a report is made of: run directories read back, and refused with a sentence when anything about them is not whole.
+"""What a report is made of: run directories or their records read back, and refused with a sentence when anything is not whole.
 
 Nothing is repaired or left out here. A run that is not done, videos that are not the recorded bytes, scores that do not
 cover every clip once, numbers that are not finite: each is a UserError, and what becomes of it is the report's decision.
@@ -6,10 +6,11 @@ cover every clip once, numbers that are not finite: each is a UserError, and wha
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,25 @@ from rfbench import records, timing
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import Clip, Run, Score
+from rfbench.report import record
+from rfbench.report.record import Record, is_record
 from rfbench.scorers.base import Metric, verify_video
 from rfbench.strict import build
-from rfbench.timing import Chunk, Key
+from rfbench.timing import Chunk, Key, Round
 
 
 @dataclass(frozen=True)
 class Bench:
     """Finished clips of one baseline on one suite, whose videos are the bytes that were recorded."""
 
-    directory: Path
+    directory: Path  # or the record's file
     run: Run
     baseline: Baseline
     clips: tuple[Clip, ...]
     suite: str
     suite_sha256: str
     weights_sha256: str
+    kept: Record | None = field(default=None, repr=False)  # what it was read from where that is a record: there are no videos
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Timed:
     weights_sha256: str
     columns: dict[str, dict[Key, float]]  # `profile.<metric>` -> value of each round
     streams: tuple[tuple[Chunk, ...], ...]  # of each round
+    rounds: tuple[Round, ...] = field(repr=False)  # of everybody who was timed with it
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,27 @@ class Training:
     columns: dict[str, tuple[float | None, ...]]
 
 
-def finished(directory: Path, verb: str) -> Run:
-    """The Run of a directory, if it is of this verb and done.
+def run_of(source: Path) -> Run:
+    """The Run of a directory or of a record.
+
+    Raises:
+        UserError: it is neither.
+    """
+    return record.read(source).run if is_record(source) else records.read_run(source)
+
+
+def finished(source: Path, verb: str, kept: Record | None = None) -> Run:
+    """The Run of a directory, or of the record that was read from there, if it is of this verb and done.
 
     Raises:
         UserError: it is not.
     """
-    run = records.read_run(directory)
+    run = kept.run if kept else records.read_run(source)
     if run.verb != verb:
-        raise UserError(f"{directory} holds a {run.verb} run where a {verb} run is needed")
+        raise UserError(f"{source} holds a {run.verb} run where a {verb} run is needed")
     if run.status != records.DONE:
         told = f" ({run.error})" if run.error else ""
-        raise UserError(f"{directory} is not finished, it is {run.status}{told}; run the command that began it again")
+        raise UserError(f"{source} is not finished, it is {run.status}{told}; run the command that began it again")
     return run
 
 
@@ -96,32 +110,36 @@ def declared(run: Run, *keys: str) -> Any:
     return value
 
 
-def read_bench(directory: Path) -> Bench:
+def read_bench(source: Path) -> Bench:
     """Clips of a generate run.
 
     Raises:
         UserError: not done, no clips, not all clips, or a video that is not what was recorded.
     """
-    run = finished(directory, "generate")
+    kept = record.read(source) if is_record(source) else None
+    run = finished(source, "generate", kept)
     told = run.recorded.get("baseline")
     if isinstance(told, dict):
         told = {key: value for key, value in told.items() if key != "reported"}  # older runs keep there what `published` says now
-    baseline = build(Baseline, told, where=f"{directory}/run.json, recorded.baseline")
+    baseline = build(Baseline, told, where=f"{source}/run.json, recorded.baseline")
     suite = declared(run, "suite")
-    clips = records.read_clips(directory)
+    clips = list(kept.clips) if kept else records.read_clips(source)
     wanted = len(suite["prompts"]) * suite["samples"] if {"prompts", "samples"} <= suite.keys() else len(clips)
     if not clips or len(clips) != wanted:
-        raise UserError(f"{directory} has {len(clips)} of {wanted or 'its'} clips although it is done; generate it again")
-    for clip in clips:
-        verify_video(directory, clip)
-    return Bench(
-        directory, run, baseline, tuple(clips), declared(run, "suite", "name"), declared(run, "suite", "sha256"), declared(run, "weights_sha256")
-    )
+        raise UserError(f"{source} has {len(clips)} of {wanted or 'its'} clips although it is done; generate it again")
+    for clip in clips if kept is None else ():
+        verify_video(source, clip)
+    names = declared(run, "suite", "name"), declared(run, "suite", "sha256"), declared(run, "weights_sha256")
+    return Bench(source, run, baseline, tuple(clips), *names, kept)
 
 
 def scorers_of(bench: Bench) -> list[str]:
     """Names of the scorers that have been over a Bench."""
-    return sorted(path.stem for path in (bench.directory / "scores").glob("*.json"))
+    return sorted(path.stem for path in (bench.directory / "scores").glob("*.json")) if bench.kept is None else sorted(bench.kept.scores)
+
+
+Values = dict[str, dict[str, float]]  # metric -> clip id -> value
+Segments = dict[str, dict[str, tuple[float, ...]]]  # metric -> clip id -> values of its segments in order
 
 
 def read_scores(bench: Bench, scorer: str) -> Scores:
@@ -133,12 +151,59 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
     Raises:
         UserError: not scored, of other clips, not all of them, twice, or not a number.
     """
-    folder = bench.directory / "scores"
     again = f"score it again: rfbench eval {bench.run.name} -s {scorer}"
-    if not (folder / f"{scorer}.json").exists():
-        raise UserError(f"{bench.run.name} has not been scored by '{scorer}'; {again.replace(' again', '', 1)}")
-    note = records.read_json(folder / f"{scorer}.json")
     where = f"{bench.run.name}, scorer '{scorer}'"
+    if scorer not in scorers_of(bench):
+        raise UserError(f"{bench.run.name} has not been scored by '{scorer}'; {again.replace(' again', '', 1)}")
+    note, values, segments = (_kept_rows if bench.kept else _written_rows)(bench, scorer, where, again)
+    for name, parts_of in segments.items():
+        if not values.get(name):
+            values[name] = {clip: sum(parts) / len(parts) for clip, parts in parts_of.items()}
+    for name, column in values.items():
+        bad = [clip for clip, value in column.items() if not isinstance(value, int | float) or not math.isfinite(value)]
+        for clip in bad[:1]:
+            raise UserError(f"{where}: '{name}' of clip {clip} is {column[clip]}, not a number; {again}")
+    ids = {clip.id for clip in bench.clips}
+    prompt_of = {clip.id: clip.prompt_id for clip in bench.clips}
+    for name, there in [*((name, set(column)) for name, column in values.items()), *((name, set(column)) for name, column in segments.items())]:
+        missing = {prompt_of[clip] for clip in there} & {prompt_of[clip] for clip in ids - there}
+        if missing:
+            raise UserError(f"{where}: '{name}' has no value for some clips of prompt {min(missing)}; {again}")
+    silent = ids.difference(*values.values())
+    if silent:
+        raise UserError(f"{where}: there is no number at all for clip {min(silent)}; {again}")
+    metrics = {f"{scorer}.{name}": build(Metric, text, where=f"{where}: {name}") for name, text in note["metrics"].items()}
+    return Scores(
+        scorer,
+        str(note["version"]),
+        metrics,
+        {f"{scorer}.{name}": column for name, column in values.items() if column},
+        {f"{scorer}.{name}": column for name, column in segments.items()},
+    )
+
+
+def _kept_rows(bench: Bench, scorer: str, where: str, again: str) -> tuple[dict[str, Any], Values, Segments]:
+    """Note, values and segments from a record's columns."""
+    assert bench.kept is not None
+    note, ids = bench.kept.scores[scorer], [clip.id for clip in bench.clips]
+    for column in (*note["values"].values(), *note["segments"].values()):
+        if len(column) != len(ids):
+            raise UserError(f"{where}: scored {len(column)} clips, but the run has {len(ids)}; {again}")
+    found: list[Any] = [
+        {name: {clip: value for clip, value in zip(ids, column, strict=True) if value is not None} for name, column in note[key].items()}
+        for key in ("values", "segments")
+    ]
+    pieces = {name: {clip: tuple(parts) for clip, parts in column.items()} for name, column in found[1].items()}
+    for name, column in pieces.items():
+        if len({len(parts) for parts in column.values()}) > 1:
+            raise UserError(f"{where}: '{name}' does not have the same segments for every clip; {again}")
+    return note, found[0], pieces
+
+
+def _written_rows(bench: Bench, scorer: str, where: str, again: str) -> tuple[dict[str, Any], Values, Segments]:
+    """Note, values and segments from the files that a scorer left."""
+    folder = bench.directory / "scores"
+    note = records.read_json(folder / f"{scorer}.json")
     ids = {clip.id for clip in bench.clips}
     if note.get("clips") != len(ids):
         raise UserError(f"{where}: scored {note.get('clips')} clips, but the run has {len(ids)}; {again}")
@@ -166,26 +231,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
             values[row.metric][row.clip] = float(row.value)
         else:
             pieces[row.metric].setdefault(row.clip, {})[row.segment] = float(row.value)
-    segments = {name: _in_order(found, f"{where}: '{name}'", again) for name, found in pieces.items() if found}
-    for name, parts_of in segments.items():
-        if not values[name]:
-            values[name] = {clip: sum(parts) / len(parts) for clip, parts in parts_of.items()}
-    prompt_of = {clip.id: clip.prompt_id for clip in bench.clips}
-    for name, there in [*((name, set(column)) for name, column in values.items()), *((name, set(column)) for name, column in segments.items())]:
-        missing = {prompt_of[clip] for clip in there} & {prompt_of[clip] for clip in ids - there}
-        if missing:
-            raise UserError(f"{where}: '{name}' has no value for some clips of prompt {min(missing)}; {again}")
-    silent = ids.difference(*values.values())
-    if silent:
-        raise UserError(f"{where}: there is no number at all for clip {min(silent)}; {again}")
-    metrics = {f"{scorer}.{name}": build(Metric, text, where=f"{where}: {name}") for name, text in note["metrics"].items()}
-    return Scores(
-        scorer,
-        str(note["version"]),
-        metrics,
-        {f"{scorer}.{name}": column for name, column in values.items() if column},
-        {f"{scorer}.{name}": column for name, column in segments.items()},
-    )
+    return note, values, {name: _in_order(found, f"{where}: '{name}'", again) for name, found in pieces.items() if found}
 
 
 def _in_order(found: dict[str, dict[int, float]], what: str, again: str) -> dict[str, tuple[float, ...]]:
@@ -196,18 +242,19 @@ def _in_order(found: dict[str, dict[int, float]], what: str, again: str) -> dict
     return {clip: tuple(parts[i] for i in range(count)) for clip, parts in found.items()}
 
 
-def read_timings(directory: Path) -> dict[str, Timed]:
+def read_timings(source: Path) -> dict[str, Timed]:
     """What a profile run timed, by contender; those that another was timed for are there as well.
 
     Raises:
         UserError: not done, not the rounds that were asked for, not what was written, or times that go backwards.
     """
-    run = finished(directory, "profile")
-    again = "profile it again with --fresh"
-    path = directory / "rounds.jsonl"
-    if not path.exists() or run.result.get("rounds_sha256") != records.sha256_of(path):
+    kept = record.read(source) if is_record(source) else None
+    run = finished(source, "profile", kept)
+    again, directory = "profile it again with --fresh", source
+    rows = _rounds_file(source) if kept is None else "".join(records.canonical(row) + "\n" for row in kept.rounds).encode()
+    if rows is None or run.result.get("rounds_sha256") != hashlib.sha256(rows).hexdigest():
         raise UserError(f"{directory}: rounds.jsonl is not what was written; {again}")
-    rounds = timing.read_rounds(directory)
+    rounds = timing.read_rounds(directory) if kept is None else timing.as_rounds(kept.rounds, str(source))
     names = declared(run, "contenders")
     asked = {(process, number) for process in range(declared(run, "processes")) for number in range(declared(run, "repeats"))}
     if sorted(asked) != sorted((each.process, each.number) for each in rounds):
@@ -227,8 +274,13 @@ def read_timings(directory: Path) -> dict[str, Timed]:
     for name, columns in timing.values(rounds, run.name).items():
         streams = tuple(turn.stream for each in rounds for turn in each.turns if turn.contender == name)
         weights = str(names[name]["weights_sha256"])
-        found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams)
+        found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams, tuple(rounds))
     return found | {name: found[other] for name, other in run.recorded.get("timed_as", {}).items()}
+
+
+def _rounds_file(directory: Path) -> bytes | None:
+    path = directory / "rounds.jsonl"
+    return path.read_bytes() if path.exists() else None
 
 
 def _forward(chunks: Sequence[Chunk], what: str, again: str) -> None:
@@ -242,13 +294,20 @@ def _forward(chunks: Sequence[Chunk], what: str, again: str) -> None:
         ended = chunk.readable  # a context pass that is left to the device may end when the next chunk has begun
 
 
-def read_training(directory: Path) -> Training:
+def read_training(source: Path) -> Training:
     """The log of a train run.
 
     Raises:
         UserError: not done, no log, or a statistic that is not finite.
     """
-    run = finished(directory, "train")
+    kept = record.read(source) if is_record(source) else None
+    run, directory = finished(source, "train", kept), source
+    if kept is not None:
+        log = {name: tuple(column) for name, column in kept.log.items()}
+        steps = log.pop("step", ())
+        if not steps or any(len(column) != len(steps) for column in log.values()):
+            raise UserError(f"{source}: its log does not have a value per step; record its run again")
+        return Training(source, run, tuple(int(step or 0) for step in steps), log)
     rows: list[dict[str, Any]] = records.read_rows(directory / "log.jsonl", dict)
     if not rows or not all("step" in row for row in rows):
         raise UserError(f"{directory}/log.jsonl does not have rows with a step; train it again with --fresh")

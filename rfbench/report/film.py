@@ -58,11 +58,15 @@ class Scene:
 def scenes(board: Board, *, budget: int = BUDGET) -> tuple[Scene, ...]:
     """Films of evenly spread prompts of every suite; of each row its first run. Scenes that would pass `budget` are left out.
 
+    None where a board was read from records: they have no videos.
+
     Raises:
         UserError: a video cannot be read (code 1).
     """
     made: list[Scene] = []
     spent = 0
+    if any(bench.kept is not None for bench in board.benches.values()):
+        return ()
     for suite, clip_id in _chosen(board):
         scene = _scene(board, suite, clip_id)
         spent += sum(len(film.sheet) + len(film.strip) for film in scene.films)

@@ -155,8 +155,8 @@ def _system(contender: Contender, where: str) -> str | None:
     return contender.system or (published.system_of(str(contender.baseline)) if unchanged else None)
 
 
-def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str], list[str]]) -> Board:
-    """The board of a study; what is missing or broken becomes a cell that says so.
+def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str], list[str]], gaps: Problems | None = None) -> Board:
+    """The board of a study; what is missing or broken becomes a cell that says so, by the words of `gaps` where those tell more.
 
     Raises:
         UserError: a contender is a variant of nobody, or everything of the study is missing.
@@ -165,7 +165,7 @@ def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str],
     runs = [run for row in rows for run in row.runs]
     called = config.name_of(name)
     profiles = {machine: [path] for machine in hardware_of(called) if (path := find("profile", f"{called}/{machine}"))} if study.profile else {}
-    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, profiles, find, strict=False)
+    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, profiles, find, gaps or {}, strict=False)
     logs = [path for run in runs if (path := find("train", run)) is not None]
     if not board.benches:
         reasons = sorted({reason for _, reason in board.problems.values()})
@@ -189,7 +189,7 @@ def read_runs(directories: Sequence[Path]) -> Board:
     """
     kinds: dict[str, dict[str, Path]] = {"generate": {}, "profile": {}, "train": {}}
     for directory in directories:
-        run = records.read_run(directory)
+        run = evidence.run_of(directory)
         if run.verb not in kinds or run.name in kinds[run.verb]:
             raise UserError(
                 f"{directory} is {'a second' if run.verb in kinds else 'no'} run that a report can show ({run.verb} {run.name}); leave it out"
@@ -213,7 +213,7 @@ def read_runs(directories: Sequence[Path]) -> Board:
         )
         for name in names
     )
-    board = _read(rows, suites, None, profiles, lambda verb, name: kinds[verb].get(name), strict=True)
+    board = _read(rows, suites, None, profiles, lambda verb, name: kinds[verb].get(name), {}, strict=True)
     return dataclasses.replace(board, trainings=tuple(evidence.read_training(path) for path in kinds["train"].values()))
 
 
@@ -223,6 +223,7 @@ def _read(
     scorers: tuple[str, ...] | None,
     profiles: dict[str, list[Path]],
     find: Find,
+    gaps: Problems,
     *,
     strict: bool,
 ) -> Board:
@@ -262,6 +263,7 @@ def _read(
                 if there := tuple(timed[run] for run in row.runs if run in timed):
                     timings[row.name, machine] = timings.get((row.name, machine), ()) + there
     _same_conditions(benches, scores, problems, strict=strict)
+    problems |= gaps
     rows = tuple(_described(row, [bench for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
     columns, metrics = _columns(suites, scores, hardware, timings)
     cells = {}
