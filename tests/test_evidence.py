@@ -15,7 +15,7 @@ import yaml
 
 from rfbench import records, report
 from rfbench.errors import UserError
-from rfbench.report import checking, evidence, leaderboard, record
+from rfbench.report import checking, evidence, film, leaderboard, record
 from rfbench.settings import HOME
 from tests.test_report import HOSTILE, PROMPTS, STUDY, scores_of, write_runs
 
