@@ -124,7 +124,7 @@ def read_bench(source: Path) -> Bench:
     baseline = build(Baseline, told, where=f"{source}/run.json, recorded.baseline")
     suite = declared(run, "suite")
     clips = list(kept.clips) if kept else records.read_clips(source)
-    wanted = len(suite["prompts"]) * suite["samples"] if {"prompts", "samples"} <= suite.keys() else len(clips)
+    wanted = sum(prompt.get("samples") or suite["samples"] for prompt in suite["prompts"]) if {"prompts", "samples"} <= suite.keys() else len(clips)
     if not clips or len(clips) != wanted:
         raise UserError(f"{source} has {len(clips)} of {wanted or 'its'} clips although it is done; generate it again")
     for clip in clips if kept is None else ():
