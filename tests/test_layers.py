@@ -16,7 +16,10 @@ import rfbench
 PACKAGE = Path(rfbench.__file__).parent
 LAYERS = [
     {"errors", "registry", "records"},
-    {"strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning", "vbench", "envs", "published"},
+    {
+        *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
+        *("vbench", "published", "envs", "processes"),
+    },
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
     {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive"},
     {"methods", "scorers", "timing", "recipes"},
@@ -39,7 +42,8 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-PATHS = sorted(PACKAGE.rglob("*.py"))
+RUNNERS = sorted((PACKAGE / "runners").glob("*.py"))  # run in other interpreters, which have none of our modules
+PATHS = sorted(set(PACKAGE.rglob("*.py")) - set(RUNNERS))
 KNOWN = {module_of(path) for path in PATHS}
 
 
@@ -134,6 +138,13 @@ def test_the_bottom_layer_runs_without_site_packages():
     """As in the interpreter of a scorer that shares no package with this one."""
     code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import rfbench.errors, rfbench.records, rfbench.registry"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: path.stem)
+def test_a_runner_needs_nothing_of_ours(path):
+    for target, at_module_level in imports(path):
+        top = target.split(".")[0]
+        assert top != "rfbench" and (not at_module_level or top in sys.stdlib_module_names), f"{path.name} imports {target}"
 
 
 def test_names_in_tables_resolve_to_code():
