@@ -159,6 +159,10 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=_completes(_runs), show_default=False),
+    ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -167,7 +171,7 @@ def evaluate(
     from rfbench import evaluate as verb
 
     names = [name.strip() for text in scorer or [] for name in text.split(",")]
-    _print_path(verb.evaluate(_run(run), names, partial=partial, fresh=fresh), as_json)
+    _print_path(verb.evaluate(_run(run), names, against=None if against is None else _run(against), partial=partial, fresh=fresh), as_json)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
-from rfbench.scorers.base import LIGHT, SCORERS, Answer, Scorer
+from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Scorer
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Kept:
     rows: tuple[Score, ...]
 
 
-def evaluate(run: Path, scorers: Sequence[str] = (), *, partial: bool = False, fresh: bool = False) -> Path:
-    """Score a finished run, or with `partial` what there is of an unfinished one; those that need no weights if none is named.
+def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = None, partial: bool = False, fresh: bool = False) -> Path:
+    """Score a finished run, or with `partial` what there is of an unfinished one; by those that need no weights if none is named.
 
-    Every scorer has its turn, whatever becomes of the one before.
+    `against` is the run that scorers which compare are to compare with. Every scorer has its turn, whatever becomes of the one before.
 
     Returns:
         the directory of the scores.
@@ -50,6 +50,10 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, partial: bool = False, f
             could not be scored, or a scorer that does not do its work.
     """
     chosen: list[Scorer] = [pick(SCORERS, name, what="scorer") for name in dict.fromkeys(scorers or LIGHT)]
+    if against is not None:
+        if not any(isinstance(scorer, Comparing) for scorer in chosen):
+            raise UserError("--against is for a scorer that compares: add -s reference, or leave it out")
+        chosen = [scorer.beside(against) if isinstance(scorer, Comparing) else scorer for scorer in chosen]
     found = records.read_run(run)
     if found.verb != "generate":
         raise UserError(f"{run} is a {found.verb} run; only the clips of `rfbench generate` can be scored")

@@ -29,7 +29,7 @@ LAYERS = [
 ]
 VERBS = {"train", "generate", "evaluate", "profiling", "report"}
 FAMILIES = {"backbones", "methods", "scorers"}
-OPTIONAL = {"transformers", "accelerate", "vbench", "flash_attn"}
+OPTIONAL = {"cv2", "transformers", "accelerate", "vbench", "flash_attn"}
 
 
 def layer_of(module: str) -> int:
@@ -127,7 +127,7 @@ def test_what_is_imported_is_declared_and_pinned():
     wanted = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
     pins = dict(line.split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines() if "==" in line)
-    spelled = {"yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn", "huggingface_hub": "huggingface-hub"}
+    spelled = {"cv2": "opencv-python-headless", "yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn", "huggingface_hub": "huggingface-hub"}
     tops = {target.split(".")[0] for path in PATHS for target, _ in imports(path)} - sys.stdlib_module_names - {"rfbench"}
     assert {spelled.get(top, top) for top in tops} <= declared
     core = {re.split(r"[^\w-]", line)[0] for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])}

@@ -6,9 +6,9 @@ A metric is known outside as `<scorer>.<metric>`, e.g. `motion.dynamic_degree`. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,10 @@ SCORERS = {
     "subject": "rfbench.scorers.subject:SCORER",
     "caption": "rfbench.scorers.caption:SCORER",
     "drift": "rfbench.scorers.drift:SCORER",
+    "flicker": "rfbench.scorers.flicker:SCORER",
+    "appearance": "rfbench.scorers.appearance:SCORER",
+    "flow": "rfbench.scorers.flow:SCORER",
+    "reference": "rfbench.scorers.reference:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
     "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
 }
@@ -86,6 +90,15 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Comparing(Protocol):
+    """A scorer that compares a run with another one."""
+
+    def beside(self, run: Path) -> Scorer:
+        """The scorer that compares with this run."""
+        ...
+
+
 def each(clips: Iterable[Clip], judge: Callable[[Clip], Iterable[Score]]) -> Iterator[Answer]:
     """Answers of a scorer that looks at one clip at a time; a clip of which `judge` raises ClipError is refused, and the next one follows."""
     for clip in clips:
@@ -93,6 +106,31 @@ def each(clips: Iterable[Clip], judge: Callable[[Clip], Iterable[Score]]) -> Ite
             yield Answer(clip.id, tuple(judge(clip)))
         except ClipError as error:
             yield Answer(clip.id, refused=str(error))
+
+
+@dataclass(frozen=True)
+class PixelScorer:
+    """A scorer that needs nothing but the frames of one clip at a time: two or more of them, no less than `side` pixels each way."""
+
+    name: str
+    version: str
+    metrics: Mapping[str, Metric]
+    measure: Callable[[Clip, Pixels], Iterable[Score]]
+    side: int = 1
+    weights: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
+
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
+        """An answer for each clip; refused are videos that are missing, altered, broken, too short or too small."""
+        return each(clips, lambda clip: self.measure(clip, self._seen(clip, out)))
+
+    def _seen(self, clip: Clip, out: Path) -> Pixels:
+        if clip.frames < 2 or min(clip.height, clip.width) < self.side:
+            raise ClipError(
+                f"clip {clip.id} is {clip.frames} frame(s) of {clip.width}x{clip.height}; "
+                f"'{self.name}' needs 2 frames or more, of {self.side} pixels or more each way"
+            )
+        return read_video(out, clip)
 
 
 def verify_video(run: Path, clip: Clip) -> Path:
