@@ -185,7 +185,7 @@ def test_a_run_is_found_by_name_and_by_path(capsys, folders, monkeypatch):
     for spelled in ("x/smoke", str(directory)):
         code, out, _ = call(capsys, "eval", spelled, "-s", "motion", "--json")
         assert code == 0 and json.loads(out)["result"] == {"clips": 2} and json.loads(out)["status"] == "done"
-    assert calls == [((directory, ["motion"]), {"partial": False, "fresh": False})] * 2
+    assert calls == [((directory, ["motion"]), {"against": None, "partial": False, "fresh": False})] * 2
     assert call(capsys, "eval", "x/smok")[2] == "error: there is no run 'x/smok'; did you mean 'x/smoke'?\n"
     assert call(capsys, "report", "x/smoke", "--check")[0] == 0
     assert calls[-1] == (([directory],), {"study": None, "out": folders / "reports", "record": False, "check": True})
