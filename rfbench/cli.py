@@ -59,6 +59,10 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is there and s
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the request and say what would be done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a path or a table.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.", show_default=False)]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Recipe)), show_default=False)
+]
+Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
 BaselineName = Annotated[
     str,
     typer.Argument(metavar="BASELINE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Baseline)), show_default=False),
@@ -85,10 +89,7 @@ def reproduce(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Recipe)), show_default=False),
-    ],
+    recipe: RecipeName,
     fields: Fields = None,
     name: Name = None,
     fresh: Fresh = False,
@@ -102,12 +103,26 @@ def train(
 
 
 @app.command()
+def pairs(
+    recipe: RecipeName,
+    fields: Fields = None,
+    shard: Shard = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Solve the ODE pairs of a recipe before it is trained, on as many machines as there are shards."""
+    from rfbench import pairs as verb
+
+    _print_path(verb.solve_all(recipe, fields or [], shard=shard, dry_run=dry_run), as_json)
+
+
+@app.command()
 def generate(
     baseline: BaselineName,
     fields: Fields = None,
     suite: Annotated[str, typer.Option("--suite", help="Name, or a .jsonl or .yaml file.", autocompletion=_completes(_suite_names))] = "toy-short",
     limit: Limit = None,
-    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)] = None,
+    shard: Shard = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="See that everything runs, without the file.")] = False,
     name: Name = None,
     fresh: Fresh = False,

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 
 from rfbench.errors import UserError, did_you_mean
 from rfbench.learning import EmaCfg as EmaCfg
+from rfbench.learning import FileCfg as FileCfg
 from rfbench.learning import OptimCfg as OptimCfg
 from rfbench.learning import Precision as Precision
 from rfbench.learning import PrecisionCfg as PrecisionCfg
-from rfbench.learning import PromptsCfg as PromptsCfg
 from rfbench.learning import RewardCfg as RewardCfg
 from rfbench.learning import SamplesCfg as SamplesCfg
 from rfbench.settings import HOME
@@ -218,6 +218,7 @@ class ScoreCfg:
     t_max: int = 980
     negative: str = ""  # prompt of the teacher's unconditional score
     latents: int = 21  # longest clip that is judged: of a longer rollout the last frames, the first of them made anew from pixels
+    sid_alpha: float | None = None  # of score identity distillation, exactly with method 'sid'
     cache_gradients: Literal["detached", "in_place"] = "detached"  # whether cached keys and values carry gradients, as in the release (D-34)
 
 
@@ -225,7 +226,8 @@ class ScoreCfg:
 class DataCfg:
     """What training reads. `clips` for flow matching, `pairs` for ODE regression, prompts alone for DMD."""
 
-    prompts: PromptsCfg | None = None  # null: sentences of the toy world
+    prompts: FileCfg | None = None  # .txt with one per line, or .jsonl with one per line as 'prompt'; null: sentences of the toy world
+    latents: FileCfg | None = None  # LMDB as Self Forcing writes it: trajectories, instead of `pairs`; for a diffusion-forced student clean clips
     clips: int | None = None
     pairs: int | None = None
     pair_sampler: SamplerCfg | None = None  # how the teacher solves the ODE that the pairs lie on
@@ -239,10 +241,12 @@ class RolloutCfg:
 
     cache: CacheCfg | None = None  # D-3: the released training never folds anything into the sink
     context_noise: float | None = None  # D-32
+    student: Literal["streamed", "diffusion_forced"] = "streamed"  # diffusion_forced: denoises noised chunks of given clips in one pass (CausVid)
 
     def __post_init__(self) -> None:
-        if self.cache is None and self.context_noise is None:
-            raise UserError("'rollout' says nothing; give 'cache' or 'context_noise', or leave it out")
+        said = self.cache is not None or self.context_noise is not None
+        if said == (self.student == "diffusion_forced"):
+            raise UserError("'rollout' is 'cache' or 'context_noise' of streamed rollouts, or 'student: diffusion_forced', which has neither")
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ class Recipe:
     """How to make weights."""
 
     title: str
-    method: str  # flow | ode | dmd | redmd
+    method: str  # flow | ode | dmd | redmd | sid
     backbone: str
     steps: int  # optimiser steps; for DMD, critic steps
     batch: int  # clips per optimiser step

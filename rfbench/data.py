@@ -25,6 +25,9 @@ class ClipDraws(Protocol):
     def integers(self, high: int) -> list[int]: ...
 
 
+Clips = Callable[[ClipDraws], tuple[Tensor, list[str]]]  # one clean clip per generator: latents [B, F, C, H, W] and captions
+
+
 @dataclass(frozen=True)
 class ClipStore:
     """Encoded clips of the toy world."""
@@ -83,15 +86,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-@dataclass(frozen=True)
-class OdePairs:
-    """Trajectories of the teacher's sampler at the student's timesteps, the clean latents last."""
+class Pairs(Protocol):
+    """Trajectories of the teacher's sampler at the student's timesteps, the clean latents last (`rfbench.pairs`)."""
 
-    path_NSFCHW: Tensor
-    captions: tuple[str, ...]
     timesteps: tuple[float, ...]  # of all entries but the last, noisiest first
 
     def pick(self, draws: ClipDraws) -> tuple[Tensor, list[str]]:
         """One trajectory per generator: [B, S, F, C, H, W] and captions."""
-        index = draws.integers(len(self.captions))
-        return self.path_NSFCHW[index], [self.captions[i] for i in index]

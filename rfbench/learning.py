@@ -48,8 +48,8 @@ class RewardCfg:
 
 
 @dataclass(frozen=True)
-class PromptsCfg:
-    """A file of training prompts, found as weights are: .txt with one per line, or .jsonl with one per line as 'prompt'."""
+class FileCfg:
+    """A file of data, found as weights are."""
 
     file: str
     repo: str | None = None  # Hugging Face repository that `file` comes from

@@ -21,23 +21,39 @@ from rfbench.registry import pick
 from rfbench.settings import settings
 from rfbench.weights import identity, resolve
 
-NEEDS = {  # of the settings that belong to a method: those that it cannot do without
-    "flow": {"data.clips", "data.drop_caption"},
-    "ode": {"init", "data.pairs", "data.pair_sampler"},
-    "dmd": {"init", "scores"},
-    "redmd": {"init", "scores", "reward"},
-}
-MAY: dict[str, set[str]] = {"flow": set(), "ode": {"data.prompts"}, "dmd": {"data.prompts", "rollout"}, "redmd": {"data.prompts", "rollout"}}
+
+def _needs(cfg: Recipe) -> set[str]:
+    """Of the settings that belong to a method: those that this recipe cannot do without."""
+    if cfg.method == "flow":
+        return {"data.clips", "data.drop_caption"}
+    if cfg.method == "ode":
+        return {"init", "data.latents"} if cfg.data.latents is not None else {"init", "data.pairs", "data.pair_sampler"}
+    more = {"redmd": {"reward"}, "sid": {"scores.sid_alpha"}}.get(cfg.method, set())
+    forced = {"data.clips" if cfg.data.latents is None else "data.latents"} if _forced(cfg) else set()
+    return {"init", "scores"} | more | forced
+
+
+def _may(cfg: Recipe) -> set[str]:
+    """Those that it can have or not."""
+    if cfg.method in ("flow", "ode"):
+        return {"data.prompts"} if cfg.method == "ode" and cfg.data.latents is None else set()
+    return {"rollout"} if _forced(cfg) else {"data.prompts", "rollout"}
+
+
+def _forced(cfg: Recipe) -> bool:
+    """Whether the student is shown clips instead of making them."""
+    return cfg.rollout is not None and cfg.rollout.student == "diffusion_forced"
 
 
 def check(cfg: Recipe) -> None:
     """Refuse settings that the method needs and lacks, or has and would not read."""
-    if cfg.method not in NEEDS:
-        pick(METHODS, cfg.method, what="method")
-    given = {"init": cfg.init, "scores": cfg.scores, "reward": cfg.reward, "rollout": cfg.rollout}
+    pick(METHODS, cfg.method, what="method")
+    given: dict[str, Any] = {"init": cfg.init, "scores": cfg.scores, "reward": cfg.reward, "rollout": cfg.rollout}
+    given |= {"scores.sid_alpha": None if cfg.scores is None else cfg.scores.sid_alpha}
     given |= {f"data.{item.name}": getattr(cfg.data, item.name) for item in dataclasses.fields(cfg.data) if item.name != "seed"}
+    needs, may = _needs(cfg), _may(cfg)
     for key, value in given.items():
-        if key not in MAY[cfg.method] and (value is not None) != (key in NEEDS[cfg.method]):
+        if key not in may and (value is not None) != (key in needs):
             raise UserError(f"recipe '{cfg.title}': method '{cfg.method}' {'needs' if value is None else 'does not use'} '{key}'")
     for wrong, sentence in _problems(cfg):
         if wrong:
@@ -71,10 +87,14 @@ def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
             f"a teacher on '{scores and scores.teacher_backbone}' can't be the critic's start; give 'scores.critic'",
         ),
         (
-            cfg.backbone.startswith("wan") and cfg.data.prompts is None and cfg.method != "flow",
+            cfg.backbone.startswith("wan") and cfg.data.prompts is None and cfg.data.latents is None and cfg.method != "flow",
             f"backbone '{cfg.backbone}' does not train on sentences of the toy world; give 'data.prompts'",
         ),
-        (cfg.backbone.startswith("wan") and cfg.method == "flow", f"clips of the toy world can't train backbone '{cfg.backbone}'"),
+        (cfg.backbone.startswith("wan") and cfg.data.clips is not None, f"clips of the toy world can't train backbone '{cfg.backbone}'"),
+        (
+            _forced(cfg) and (sampler.chunk is None or scores is None or cfg.latents > scores.latents),
+            "a diffusion-forced student takes chunks, of clips that the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
+        ),
         (
             cfg.samples is not None and (cfg.samples.every < 1 or not cfg.samples.prompts or cfg.samples.latents % chunk != 0),
             "'samples' needs a prompt, whole chunks, and a step at least between one time and the next",
@@ -92,8 +112,8 @@ def roles(cfg: Recipe) -> dict[str, WeightsCfg]:
 
 def files(cfg: Recipe) -> dict[str, WeightsCfg]:
     """Everything that a recipe reads: checkpoints, prompts, and the parts that its backbone has beside a checkpoint."""
-    prompts = cfg.data.prompts
-    named = {"prompts": WeightsCfg(prompts.file, prompts.repo, prompts.revision, sha256=prompts.sha256)} if prompts is not None else {}
+    read = {"prompts": cfg.data.prompts, "latents": cfg.data.latents}
+    named = {role: WeightsCfg(one.file, one.repo, one.revision, sha256=one.sha256) for role, one in read.items() if one is not None}
     return roles(cfg) | named | open_backbone(cfg.backbone).parts()
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, provenance, records, strict
+from rfbench import config, pairs, provenance, records, strict
 from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
 from rfbench.checkpointing import checkpointed
 from rfbench.config import PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
-from rfbench.data import OdePairs, Prompts, draw_clips, prompts_of
+from rfbench.data import ClipStore, draw_clips, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch, Method
 from rfbench.methods.redmd import effective_share
@@ -108,13 +108,10 @@ class Trainer:
         cfg, student = self.cfg, self.student
         kind = pick(METHODS, cfg.method, what="method")
         if cfg.method == "flow":
-            assert cfg.data.clips is not None
-            with Progress("rendering clips", cfg.data.clips):
-                store = draw_clips(student.encode_pixels, seed=cfg.data.seed, count=cfg.data.clips, frames=pixel_frames(cfg.latents))
-            return kind(cfg, student, store)
+            return kind(cfg, student, self._rendered())
         prompts = prompts_of(sources.get("prompts"))
         if cfg.method == "ode":
-            return kind(cfg, student, self._pairs(prompts))
+            return kind(cfg, student, pairs.of(cfg, student, prompts, sources))
         scores, precision = cfg.scores, self.precision
         assert scores is not None
         teacher = self._load(scores.teacher_backbone or cfg.backbone, scores.teacher, sources["teacher"], precision.teacher)
@@ -122,20 +119,19 @@ class Trainer:
         if "critic" in sources or precision.critic != precision.teacher:
             file = sources.get("critic", sources["teacher"])
             critic = self._load(cfg.backbone, scores.critic or scores.teacher, file, precision.critic).denoiser
-        return kind(cfg, student, teacher, critic=critic, prompts=prompts)
+        clips = None
+        if "latents" in sources:
+            clips = pairs.LmdbPairs(sources["latents"], (), frames=cfg.latents).ends
+        elif cfg.data.clips is not None:
+            clips = self._rendered().pick
+        return kind(cfg, student, teacher, critic=critic, prompts=prompts, clips=clips)
 
-    def _pairs(self, prompts: Prompts) -> OdePairs:
-        """The teacher's trajectories: what the student is initialised from is the teacher itself."""
-        from rfbench.methods.ode import solve_pairs
-
+    def _rendered(self) -> ClipStore:
+        """Clips of the toy world."""
         cfg = self.cfg
-        assert cfg.data.pairs is not None and cfg.data.pair_sampler is not None
-        rng = torch.Generator().manual_seed(cfg.data.seed)
-        seeds = torch.randint(2**62, (cfg.data.pairs,), generator=rng).tolist()
-        with Progress("solving ODE pairs", cfg.data.pairs) as progress:
-            return solve_pairs(
-                self.student, cfg.sampler, cfg.data.pair_sampler, latents=cfg.latents, seeds=seeds, tell=progress.advance, prompts=prompts
-            )
+        assert cfg.data.clips is not None
+        with Progress("rendering clips", cfg.data.clips):
+            return draw_clips(self.student.encode_pixels, seed=cfg.data.seed, count=cfg.data.clips, frames=pixel_frames(cfg.latents))
 
     def run(self, recorded: dict[str, Any], fingerprint: str, name: str) -> dict[str, Any]:
         """Train to the end; write checkpoints, the log, the weights and the baseline. Returns headline numbers."""

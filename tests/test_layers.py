@@ -23,7 +23,7 @@ LAYERS = [
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
     {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive"},
     {"methods", "scorers", "timing", "recipes"},
-    {"stopwatch", "ladder"},
+    {"pairs", "stopwatch", "ladder"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
     {"cli"},
 ]

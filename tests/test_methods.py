@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from rfbench.backbones.wan.dit import block_causal_mask
 from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, SamplerCfg, ScoreCfg, WeightsCfg
-from rfbench.data import ClipStore, OdePairs, draw_clips, draw_prompts
+from rfbench.data import ClipDraws, ClipStore, draw_clips, draw_prompts
 from rfbench.methods.base import METHODS, Batch, Draws
 from rfbench.methods.dmd import Dmd, matching_gradient, matching_loss, score_timesteps
 from rfbench.methods.flow import FlowMatching
-from rfbench.methods.ode import OdeRegression, regression, solve_pairs
+from rfbench.methods.ode import OdeRegression, regression, solve
 from rfbench.methods.redmd import ReDmd, effective_share
+from rfbench.methods.sid import Sid, identity_error
 from rfbench.registry import pick
 from rfbench.sampler import timesteps
 from rfbench.schedule import Schedule
@@ -33,7 +34,19 @@ SCORES = ScoreCfg(WeightsCfg("x"), guidance=2.0, generator_every=3, critic_optim
 FLOW = Recipe("flow", "flow", "tiny", 1, 2, 6, OPTIM, DataCfg(clips=2, drop_caption=0.5), TEACHER)
 DMD = Recipe("dmd", "dmd", "tiny", 1, 2, 6, OPTIM, DataCfg(), STUDENT, scores=SCORES)
 REDMD = replace(DMD, method="redmd", reward=RewardCfg("toy_motion", beta=0.5))
+SID = replace(DMD, method="sid", scores=replace(SCORES, sid_alpha=1.2))
 BATCH = Batch((11, 22), shared=5)
+
+
+class Trajectories:
+    """Two of them, in memory."""
+
+    timesteps = timesteps(STUDENT)
+    path_NSFCHW = normal(2, 5, 6, 3, 4, 6)
+
+    def pick(self, draws: ClipDraws) -> tuple[Tensor, list[str]]:
+        index = draws.integers(2)
+        return self.path_NSFCHW[index], [("a red disc", "a blue square moves up")[number] for number in index]
 
 
 class Knowing(nn.Module):
@@ -64,7 +77,7 @@ def gradients(module: nn.Module) -> Tensor:
 
 def test_methods_are_found_by_name() -> None:
     kinds = [pick(METHODS, name, what="method") for name in METHODS]
-    assert kinds == [FlowMatching, OdeRegression, Dmd, ReDmd]
+    assert kinds == [FlowMatching, OdeRegression, Dmd, ReDmd, Sid]
 
 
 def test_a_batch_splits_into_equal_parts_that_share_what_all_share() -> None:
@@ -87,7 +100,7 @@ def test_a_clip_draws_the_same_in_any_batch() -> None:
     assert [str(parse(prompt)) for prompt in draw_prompts(range(20))] == draw_prompts(range(20))
 
 
-@pytest.mark.parametrize("method", ["flow", "ode", "dmd", "redmd"])
+@pytest.mark.parametrize("method", ["flow", "ode", "dmd", "redmd", "sid", "causvid"])
 def test_a_split_batch_has_the_gradient_of_the_whole(method: str) -> None:
     """Mean of the micro-batches' gradients: nothing about a clip depends on how the batch was cut."""
     batch = Batch((11, 22, 33, 44), shared=5)
@@ -111,8 +124,11 @@ def make(method: str, tiny: Tiny) -> Any:
     if method == "flow":
         return FlowMatching(FLOW, tiny, store())
     if method == "ode":
-        pairs = OdePairs(normal(2, 5, 6, 3, 4, 6), ("a red disc", "a blue square moves up"), timesteps(STUDENT))
-        return OdeRegression(replace(FLOW, method="ode", sampler=STUDENT), tiny, pairs)
+        return OdeRegression(replace(FLOW, method="ode", sampler=STUDENT), tiny, Trajectories())
+    if method == "sid":
+        return Sid(SID, tiny, Tiny(seed=1))
+    if method == "causvid":
+        return Dmd(DMD, tiny, Tiny(seed=1), clips=store().pick)
     return (ReDmd if method == "redmd" else Dmd)(REDMD if method == "redmd" else DMD, tiny, Tiny(seed=1))
 
 
@@ -187,19 +203,62 @@ def test_ode_regression_is_zero_where_trajectories_end_and_counts_frames_on_the_
 @torch.no_grad()
 def test_ode_pairs_are_what_the_teachers_sampler_passes() -> None:
     """Against a plain Euler loop; the student's timesteps are every second one of the solver's eight."""
-    tiny, seeds, told = Tiny(), [7, 8, 9], list[int]()
-    pairs = solve_pairs(tiny, STUDENT, TEACHER, latents=3, seeds=seeds, tell=told.append, part=2)
-    assert pairs.path_NSFCHW.shape == (3, 5, 3, 3, 4, 6) and pairs.captions == tuple(draw_prompts(seeds)) and told == [2, 1]
+    tiny, seeds = Tiny(), [7, 8, 9]
+    path, captions = solve(tiny, STUDENT, TEACHER, latents=3, seeds=seeds)
+    assert path.shape == (3, 5, 3, 3, 4, 6) and captions == draw_prompts(seeds)
     x, grid = Draws(tiny.shape, seeds)(3), timesteps(TEACHER)
-    text, null = tiny.encode_text(pairs.captions), tiny.encode_text([""] * 3)
+    text, null = tiny.encode_text(captions), tiny.encode_text([""] * 3)
     for number, t in enumerate(grid):
         if number % 2 == 0:
-            assert distance(pairs.path_NSFCHW[:, number // 2], x) < 1e-5
-            assert pairs.timesteps[number // 2] == pytest.approx(t)
+            assert distance(path[:, number // 2], x) < 1e-5
+            assert timesteps(STUDENT)[number // 2] == pytest.approx(t)
         time = torch.tensor([[t]])
         flow = 2 * tiny.denoiser(x, time, text) - tiny.denoiser(x, time, null)
         x = x + flow * ((grid[number + 1] if number < 7 else 0.0) - t) / 1000
-    assert distance(pairs.path_NSFCHW[:, -1], x) < 1e-5
+    assert distance(path[:, -1], x) < 1e-5
+
+
+def test_a_diffusion_forced_student_is_shown_chunks_at_its_own_timesteps() -> None:
+    """Each chunk is a given clip's, noised as far as its timestep says, by noise of its own; all clips of many seeds together see every timestep."""
+    clean = 3 * torch.ones(1, 6, 3, 4, 6)
+    student, seen = Tiny(), list[tuple[Tensor, Tensor]]()
+    student.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[:2]))
+    objective = Dmd(replace(DMD, batch=64), student, Tiny(seed=1), clips=lambda draws: (clean[[0] * len(draws.integers(1))], ["a red disc"] * 64))
+    losses, stats = objective.losses(Batch(tuple(range(64)), 0), ("generator", "critic"))
+    ((noisy, t_BF),) = seen
+    chunks = t_BF.view(64, 2, 3)
+    assert (chunks == chunks[:, :, :1]).all()
+    sigmas = {1000: 1.0, 937.5: 0.9375, 2500 / 3: 5 / 6, 625: 0.625, 0: 0.0}
+    assert sorted({round(float(t), 3) for t in t_BF.flatten()}) == sorted(round(t, 3) for t in sigmas)
+    for t, sigma in sigmas.items():
+        frames = noisy[(t_BF - t).abs() < 1e-3]
+        assert float(frames.mean()) == pytest.approx(3 * (1 - sigma), abs=0.1)
+        assert float(frames.std(correction=0)) == pytest.approx(sigma, abs=0.05)
+    losses["generator"].backward()
+    assert student.denoiser.patch_embedding.weight.grad is not None and stats["loss"].shape == stats["critic_loss"].shape == (64,)
+
+
+def test_score_identity_has_the_derivative_of_its_closed_form() -> None:
+    """With scores that are multiples of the clip the error is a multiple of its square over a scale that counts as a number."""
+    video = normal(2, 3, 3, 2, 2).double().requires_grad_()
+    a, b, alpha = 0.3, 0.8, 1.2
+    error = identity_error(video, a * video, b * video, alpha)
+    scale = ((1 - a) * video).detach().abs().mean((1, 2, 3, 4), keepdim=True)
+    factor = (a - b) * ((a - 1) - alpha * (a - b)) / scale
+    assert distance(error.detach(), factor * video.detach() ** 2) < 1e-12
+    (found,) = torch.autograd.grad(error.sum(), video)
+    assert distance(found, 2 * factor * video.detach()) < 1e-12
+
+
+def test_score_identity_trains_the_student_through_scores_that_stay_as_they_are() -> None:
+    objective = make("sid", Tiny())
+    losses, _ = objective.losses(BATCH, ("generator", "critic"))
+    losses["generator"].backward()
+    assert all(parameter.grad is None for module in (objective.critic, objective.teacher.denoiser) for parameter in module.parameters())
+    assert any(gradient.abs().max() > 0 for gradient in gradients(objective.modules["generator"]))
+    losses["critic"].backward()
+    assert all(parameter.requires_grad for parameter in objective.critic.parameters())
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in objective.critic.parameters())
 
 
 def test_score_timesteps_are_shifted_and_clamped() -> None:

@@ -97,7 +97,7 @@ def test_rollouts_may_differ_from_the_sampler_as_in_the_release() -> None:
         found[name] = method.losses(BATCH, ("critic",))[0]["critic"].detach()
     assert torch.equal(found["none"], found["same"])
     assert not torch.equal(found["none"], found["static"]) and not torch.equal(found["none"], found["noise"])
-    with pytest.raises(UserError, match="'rollout' says nothing"):
+    with pytest.raises(UserError, match="'rollout' is 'cache' or 'context_noise' of streamed rollouts, or"):
         RolloutCfg()
 
 
@@ -253,7 +253,8 @@ def test_a_dry_run_names_everything_that_is_missing(name: str) -> None:
     with pytest.raises(UserError) as raised:
         train(name, dry_run=True)
     sentence, cfg = str(raised.value), config.load(Recipe, name)
-    wanted = {"student", "prompts", "text", "tokenizer", "vae"} | ({"teacher"} if cfg.scores else set()) | ({"reward"} if cfg.reward else set())
+    data = "latents" if cfg.data.latents else "prompts"
+    wanted = {"student", data, "text", "tokenizer", "vae"} | ({"teacher"} if cfg.scores else set()) | ({"reward"} if cfg.reward else set())
     assert all(f"{role} (" in sentence for role in wanted) and "\n" not in sentence and raised.value.code == 2
 
 

@@ -42,6 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dmd": {"optim": OPTIM, "data": {}, "sampler": STUDENT, "init": {"file": "student.safetensors"}, "scores": SCORES},
 }
 RECIPES["redmd"] = RECIPES["dmd"] | {"reward": {"name": "toy_motion", "beta": 0.5}}
+FORCED = {"student": "diffusion_forced"}
 EMA = {"ema": {"decay": 0.5, "start": 2}}
 
 
@@ -225,6 +226,22 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({"rollout": FORCED, "data": {"clips": 3, "seed": 1}}, {"matching_gradient"}),
+        ({"method": "sid", "scores": SCORES | {"sid_alpha": 1.0}}, {"score_difference"}),
+    ],
+    ids=["diffusion-forced", "sid"],
+)
+def test_relatives_of_matching_train_as_it_does(changes: dict[str, Any], more: set[str], tmp_path: Path) -> None:
+    directory = train(write(tmp_path, "dmd", steps=5, **changes))
+    run, rows = read_run(directory), [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert run.result == {"steps": 5, "updates": {"generator": 2, "critic": 5}} and more < set(rows[0])
+    start, made = load_file(tmp_path / "student.safetensors"), load_file(directory / "weights.safetensors")
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in made.items())
+
+
+@pytest.mark.parametrize(
     ("method", "changes", "sentence"),
     [
         ("flow", {"init": {"file": "teacher.safetensors"}}, "method 'flow' does not use 'init'"),
@@ -241,6 +258,15 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
             "passes the timesteps 1000, 909.091, 714.286, but not all of the student's 1000, 833.333;",
         ),
         ("dmd", {"scores": None}, "method 'dmd' needs 'scores'"),
+        ("dmd", {"rollout": FORCED}, "method 'dmd' needs 'data.clips'"),
+        (
+            "dmd",
+            {"rollout": FORCED, "data": {"clips": 3}, "latents": 9, "scores": SCORES | {"latents": 6}},
+            "of clips that the score models can judge",
+        ),
+        ("dmd", {"rollout": FORCED | {"context_noise": 0.1}}, "or 'student: diffusion_forced', which has neither"),
+        ("dmd", {"scores": SCORES | {"sid_alpha": 1.0}}, "method 'dmd' does not use 'scores.sid_alpha'"),
+        ("dmd", {"method": "sid"}, "method 'sid' needs 'scores.sid_alpha'"),
         ("dmd", {"reward": {"name": "toy_motion", "beta": 1.0}}, "method 'dmd' does not use 'reward'"),
         ("dmd", {"sampler": STUDENT | {"solver": "euler"}}, "clean at any of its steps; that takes 'sampler.solver: renoise'"),
         ("dmd", {"sampler": STUDENT | {"guidance": 2.0}}, "leave 'sampler.guidance' at 1"),

@@ -9,13 +9,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rfbench.backbones.base import VideoShape
+from rfbench.backbones.base import Backbone, VideoShape
+from rfbench.backbones.wan.dit import block_causal_mask
+from rfbench.config import Recipe
+from rfbench.sampler import cache_shape
 
 METHODS: dict[str, str] = {
     "flow": "rfbench.methods.flow:FlowMatching",
     "ode": "rfbench.methods.ode:OdeRegression",
     "dmd": "rfbench.methods.dmd:Dmd",
     "redmd": "rfbench.methods.redmd:ReDmd",
+    "sid": "rfbench.methods.sid:Sid",
 }
 
 
@@ -59,6 +63,18 @@ class Draws:
     def integers(self, high: int) -> list[int]:
         """One integer below `high` per clip."""
         return [int(torch.randint(high, (1,), generator=rng)) for rng in self.generators]
+
+
+def chunk_steps(draws: Draws, frames: int, chunk: int, steps: int) -> Tensor:
+    """A step of its own below `steps` for every chunk of every clip, the same for all frames of a chunk: [B, F]."""
+    return torch.tensor([draws.integers(steps) for _ in range(frames // chunk)]).T.repeat_interleave(chunk, 1)
+
+
+def student_mask(recipe: Recipe, backbone: Backbone) -> Tensor:
+    """Which token of a clip may attend to which when the streaming student takes all its chunks in one pass: [S, S]."""
+    assert recipe.sampler.chunk is not None and recipe.sampler.cache is not None
+    shape = cache_shape(backbone, 1, recipe.latents)
+    return block_causal_mask(recipe.latents, shape.height * shape.width, recipe.sampler.chunk, recipe.sampler.cache.window, torch.device("cpu"))
 
 
 class Method(Protocol):

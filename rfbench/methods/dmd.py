@@ -1,7 +1,8 @@
 """Distribution matching distillation of a streaming student (DMD in Self Forcing's form).
 
 The student rolls a clip out through the shared sampler; the gradient on the clip is the difference of two score models, a
-frozen teacher and a critic that learns the student's distribution by flow matching between the student's steps.
+frozen teacher and a critic that learns the student's distribution by flow matching between the student's steps. A student
+that is diffusion-forced rolls nothing out: it denoises noised chunks of given clips, all in one pass (CausVid, arXiv:2412.07772).
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns.
 """
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Recipe, SamplerCfg, ScoreCfg
-from rfbench.data import Prompts, draw_prompts
-from rfbench.methods.base import Batch, Draws
+from rfbench.data import Clips, Prompts, draw_prompts
+from rfbench.methods.base import Batch, Draws, chunk_steps, student_mask
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, shifted, x0_to_flow
 
@@ -55,22 +56,34 @@ def rollout_sampler(recipe: Recipe) -> SamplerCfg:
     return dataclasses.replace(sampler, cache=rollout.cache or sampler.cache, context_noise=noise)
 
 
+Made = tuple[Tensor, Tensor | None, list[str], Tensor, Draws]  # clips, frames that count, prompts, their embeddings, what is left to draw
+
+
 class Dmd:
     """Student, critic (without one given, a copy of the teacher) and teacher; `weights` is where Re-DMD comes in."""
 
     def __init__(
-        self, recipe: Recipe, student: Backbone, teacher: Backbone, *, critic: WanDiT | None = None, prompts: Prompts = draw_prompts
+        self,
+        recipe: Recipe,
+        student: Backbone,
+        teacher: Backbone,
+        *,
+        critic: WanDiT | None = None,
+        prompts: Prompts = draw_prompts,
+        clips: Clips | None = None,
     ) -> None:
+        """`clips` are what a diffusion-forced student is shown; `prompts` what another one is asked for."""
         assert recipe.scores is not None
         self.recipe, self.cfg = recipe, recipe.scores
-        self.student, self.teacher, self.prompts = student, teacher, prompts
+        self.student, self.teacher, self.prompts, self.clips = student, teacher, prompts, clips
         self.critic = copy.deepcopy(teacher.denoiser) if critic is None else critic
         teacher.denoiser.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"generator": student.denoiser, "critic": self.critic}
         self.schedule = Schedule(recipe.sampler.shift)
         self.score_schedule = Schedule(self.cfg.score_shift)
         self.rollout = rollout_sampler(recipe)
-        self.exits = len(timesteps(recipe.sampler))
+        self.timesteps = timesteps(recipe.sampler)
+        self.mask_SS = None if clips is None else student_mask(recipe, student)
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("generator", "critic") if step % self.cfg.generator_every == 0 else ("critic",)
@@ -80,11 +93,30 @@ class Dmd:
             losses, stats = self.losses(batch, ("generator",))
             others, more = self.losses(batch.other(), ("critic",))
             return losses | others, stats | more
+        with torch.set_grad_enabled("generator" in turns):
+            video, mask_BF, prompts, text, draws = self._streamed(batch, turns) if self.clips is None else self._forced(batch, self.clips)
+        losses, stats = dict[str, Tensor](), dict[str, Tensor]()
+        if "generator" in turns:
+            t_B, noise = self._score_draws(draws), draws(video.shape[1])
+            with torch.no_grad():
+                weight_B, stats = self.weights(video, prompts)
+            loss_B, seen = self.student_loss(video, noise, t_B, text, mask_BF)
+            losses["generator"] = (weight_B * loss_B).mean()
+            stats |= seen | {"loss": loss_B.detach(), "timestep": t_B}
+        if "critic" in turns:
+            noise, t_B = draws(video.shape[1]), self._score_draws(draws)
+            error_B = self.critic_error(video.detach(), noise, t_B, text)
+            losses["critic"] = error_B.mean()
+            stats |= {"critic_loss": error_B.detach(), "critic_timestep": t_B}
+        return losses, stats
+
+    def _streamed(self, batch: Batch, turns: tuple[str, ...]) -> Made:
+        """Clips that the student streams from noise, all its chunks up to the same step; the gradient is that of this step."""
         prompts = self.prompts(batch.seeds)
         with torch.no_grad():
             text = self.student.encode_text(prompts)
         draws = Draws(self.student.shape, batch.seeds, like=text)
-        exit_step = int(torch.randint(self.exits, (1,), generator=torch.Generator().manual_seed(batch.shared)))
+        exit_step = int(torch.randint(len(self.timesteps), (1,), generator=torch.Generator().manual_seed(batch.shared)))
         rollout = stream(
             self.student,
             text,
@@ -95,22 +127,29 @@ class Dmd:
             grad_from=max(0, self.recipe.latents - self.cfg.latents) if "generator" in turns else None,
             cache_gradients=self.cfg.cache_gradients,
         )
-        video, mask_BF = self.judged(torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1))
-        losses, stats = dict[str, Tensor](), dict[str, Tensor]()
-        if "generator" in turns:
-            t_B, noise = self._score_draws(draws), draws(video.shape[1])
-            with torch.no_grad():
-                gradient = matching_gradient(video, *self.scores(video, noise, t_B, text))
-                weight_B, stats = self.weights(video, prompts)
-            loss_B = matching_loss(video, gradient, mask_BF)
-            losses["generator"] = (weight_B * loss_B).mean()
-            stats |= {"loss": loss_B.detach(), "matching_gradient": gradient.abs().mean((1, 2, 3, 4)), "timestep": t_B}
-        if "critic" in turns:
-            noise, t_B = draws(video.shape[1]), self._score_draws(draws)
-            error_B = self.critic_error(video.detach(), noise, t_B, text)
-            losses["critic"] = error_B.mean()
-            stats |= {"critic_loss": error_B.detach(), "critic_timestep": t_B}
-        return losses, stats
+        return *self.judged(torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1)), prompts, text, draws
+
+    def _forced(self, batch: Batch, clips: Clips) -> Made:
+        """What the student takes given clips for, whose chunks are noised to one of its timesteps each, or clean at timestep 0."""
+        draws = Draws(self.student.shape, batch.seeds)
+        clean, prompts = clips(draws)
+        with torch.no_grad():
+            text = self.student.encode_text(prompts)
+        draws.like, clean = text, clean.to(text)
+        levels = torch.tensor([*self.timesteps, 0.0], dtype=torch.float64)
+        t_BF = levels[chunk_steps(draws, clean.shape[1], self.recipe.sampler.chunk or 1, len(levels))].to(text.device)
+        sigma_BF = self.schedule.sigma(t_BF)
+        noisy = torch.where((t_BF == 0)[:, :, None, None, None], clean, add_noise(clean, draws(clean.shape[1]), sigma_BF))
+        flow = self.student.denoiser(noisy, t_BF, text, mask_SS=self.mask_SS)
+        return flow_to_x0(flow, noisy, sigma_BF), None, prompts, text, draws
+
+    def student_loss(
+        self, video_BFCHW: Tensor, noise_BFCHW: Tensor, t_B: Tensor, text_BLE: Tensor, mask_BF: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's loss of each clip before its weight, [B], and what to log about it; frames outside `mask_BF` take no part."""
+        with torch.no_grad():
+            gradient = matching_gradient(video_BFCHW, *self.scores(video_BFCHW, noise_BFCHW, t_B, text_BLE))
+        return matching_loss(video_BFCHW, gradient, mask_BF), {"matching_gradient": gradient.abs().mean((1, 2, 3, 4))}
 
     def judged(self, video_BFCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """The part of a rollout that the score models see, and which of its frames take part in the student's loss.

@@ -5,31 +5,28 @@ Shapes: B batch, S trajectory entries, F latent frames, C channels, H and W late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone
-from rfbench.backbones.wan.dit import block_causal_mask
 from rfbench.config import Recipe, SamplerCfg
-from rfbench.data import OdePairs, Prompts, draw_prompts
+from rfbench.data import Pairs, Prompts, draw_prompts
 from rfbench.errors import UserError
-from rfbench.methods.base import Batch, Draws
-from rfbench.sampler import cache_shape, stream, timesteps
+from rfbench.methods.base import Batch, Draws, chunk_steps, student_mask
+from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, flow_to_x0
 
 
 class OdeRegression:
     """One pass over the whole clip under a block-causal mask, every chunk at a timestep of its own."""
 
-    def __init__(self, recipe: Recipe, backbone: Backbone, pairs: OdePairs) -> None:
+    def __init__(self, recipe: Recipe, backbone: Backbone, pairs: Pairs) -> None:
         assert isinstance(backbone, nn.Module) and recipe.sampler.chunk is not None
         self.backbone, self.pairs, self.chunk = backbone, pairs, recipe.sampler.chunk
         self.modules: dict[str, nn.Module] = {"generator": backbone.denoiser}
-        shape = cache_shape(backbone, 1, recipe.latents)
-        window = recipe.sampler.cache.window if recipe.sampler.cache is not None else None
-        self.mask_SS = block_causal_mask(recipe.latents, shape.height * shape.width, self.chunk, window, torch.device("cpu"))
+        self.mask_SS = student_mask(recipe, backbone)
         self.timesteps = torch.tensor([*pairs.timesteps, 0.0], dtype=torch.float64)
         self.schedule = Schedule(recipe.sampler.shift)
 
@@ -39,8 +36,7 @@ class OdeRegression:
     def losses(self, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         draws = Draws(self.backbone.shape, batch.seeds)
         path, captions = self.pairs.pick(draws)
-        chunks = path.shape[2] // self.chunk
-        index_BF = torch.tensor([draws.integers(len(self.timesteps) - 1) for _ in range(chunks)]).T.repeat_interleave(self.chunk, 1)
+        index_BF = chunk_steps(draws, path.shape[2], self.chunk, len(self.timesteps) - 1)
         text = self.backbone.encode_text(captions).detach()
         loss, x0 = regression(self.backbone, path, index_BF, text, self.timesteps, self.schedule, self.mask_SS)
         return {"generator": loss}, {"loss": (x0 - path[:, -1]).square().flatten(1).mean(1).detach()}
@@ -59,18 +55,13 @@ def regression(
     return (x0[wanted] - path_BSFCHW[:, -1][wanted]).square().mean(), x0
 
 
-def solve_pairs(
-    teacher: Backbone,
-    student: SamplerCfg,
-    solver: SamplerCfg,
-    *,
-    latents: int,
-    seeds: Sequence[int],
-    tell: Callable[[int], None],
-    prompts: Prompts = draw_prompts,
-    part: int = 16,
-) -> OdePairs:
+def solve(
+    teacher: Backbone, student: SamplerCfg, solver: SamplerCfg, *, latents: int, seeds: Sequence[int], prompts: Prompts = draw_prompts
+) -> tuple[Tensor, list[str]]:
     """Run the teacher's many-step sampler from one noise per seed and keep what it passes at the student's timesteps.
+
+    Returns:
+        trajectories [B, S, F, C, H, W], the clean latents last, and their captions.
 
     Raises:
         UserError: the solver does not pass a timestep of the student.
@@ -82,15 +73,10 @@ def solve_pairs(
             f"the ODE solver passes the timesteps {', '.join(f'{t:g}' for t in passed)}, but not all of the student's "
             f"{', '.join(f'{t:g}' for t in kept)}; give 'data.pair_sampler' steps that do"
         )
-    captions, paths = prompts(seeds), []
-    for start in range(0, len(seeds), part):
-        asked = captions[start : start + part]
-        seen: list[Tensor] = []
-        with torch.no_grad():
-            text = teacher.encode_text(asked)
-            null = teacher.encode_text([solver.negative] * len(asked)) if solver.guidance != 1.0 else None
-            draws = Draws(teacher.shape, seeds[start : start + part], like=text)
-            (chunk,) = stream(teacher, text, latents, solver, draws, null_BLE=null, watch=seen.append)
-        paths.append(torch.stack([*(seen[number] for number in numbers), chunk.latent_BFCHW], dim=1))
-        tell(len(asked))
-    return OdePairs(torch.cat(paths), tuple(captions), kept)
+    captions, seen = prompts(seeds), list[Tensor]()
+    with torch.no_grad():
+        text = teacher.encode_text(captions)
+        null = teacher.encode_text([solver.negative] * len(captions)) if solver.guidance != 1.0 else None
+        draws = Draws(teacher.shape, seeds, like=text)
+        (chunk,) = stream(teacher, text, latents, solver, draws, null_BLE=null, watch=seen.append)
+    return torch.stack([*(seen[number] for number in numbers), chunk.latent_BFCHW], dim=1), captions
