@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from rfbench import layouts, records
 from rfbench.config import LoraCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.settings import settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 RUN = "run:"  # WeightsCfg.file "run:NAME" is what the training run NAME ended with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -170,6 +173,23 @@ def read_file(path: Path) -> Any:
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
         problem = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is not a readable checkpoint ({problem}); restore the file or fetch it again") from None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer as its file describes it: transformers' classes may rebuild parts of it. It neither cuts nor pads.
+
+    Raises:
+        UserError: not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{path} is not a tokenizer ({str(error)[:120]}); fetch it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_tensors(path: Path, cfg: WeightsCfg) -> Mapping[str, Tensor]:

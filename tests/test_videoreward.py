@@ -417,10 +417,10 @@ def test_settings_of_another_model_are_refused(tmp_path: Path, section: str, key
 def test_a_tokenizer_with_other_tokens_is_refused(published: Path, tmp_path: Path) -> None:
     other = replace(TINY, tokens=replace(TOKEN_IDS, scores=(1, 2, 4)))
     with pytest.raises(UserError, match=re.escape("'<|VQ_reward|>' is 7 there, not 1")):
-        model.read_tokenizer(published / TOKENIZER, other)
+        model.tokenizer_of(published / TOKENIZER, other)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="is not a tokenizer"):
-        model.read_tokenizer(tmp_path / "tokenizer.json", TINY)
+        model.tokenizer_of(tmp_path / "tokenizer.json", TINY)
 
 
 # The scorer

@@ -24,6 +24,7 @@ from rfbench.records import read_json
 from rfbench.settings import settings
 from rfbench.videoreward.frames import patches, token_count
 from rfbench.videoreward.network import VideoRewardCfg, VideoRewardNet, load_network
+from rfbench.weights import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,7 +132,7 @@ def load(
     settings, weights, tokens = files(where)
     cfg = cfg or VideoRewardCfg()
     about = read_about(settings)
-    tokenizer = read_tokenizer(tokens, cfg)
+    tokenizer = tokenizer_of(tokens, cfg)
     network = load_network(weights, replace(cfg, rank=about.rank, alpha=about.alpha), dtype)
     return VideoReward(network.to(device), tokenizer, about)
 
@@ -169,20 +170,13 @@ def read_about(path: Path) -> About:
     )
 
 
-def read_tokenizer(path: Path, cfg: VideoRewardCfg) -> Tokenizer:
-    """The tokenizer as its file describes it.
+def tokenizer_of(path: Path, cfg: VideoRewardCfg) -> Tokenizer:
+    """The tokenizer of a file, if it is this network's.
 
     Raises:
         UserError: not a tokenizer, or its special tokens are not those of the network.
     """
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{path} is not a tokenizer ({str(error)[:120]}); fetch it again") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = read_tokenizer(path)
     wanted = dict(zip((VIDEO, *ASKED), (cfg.tokens.video, *cfg.tokens.scores), strict=True))
     for word, number in wanted.items():
         if tokenizer.token_to_id(word) != number:

@@ -23,7 +23,7 @@ from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, canonical, fingerprint
-from rfbench.weights import FLOATS, files_of, load_into, read_tensors, sha256_of
+from rfbench.weights import FLOATS, files_of, load_into, read_tensors, read_tokenizer, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -234,16 +234,9 @@ class WanText:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        """The pipeline of tokenizer.json as it stands: transformers' classes may rebuild parts of it."""
-        from tokenizers import Tokenizer
-
+        """UMT5's own, as tokenizer.json has it."""
         file = self._tokenizer_file
-        try:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises nothing more special
-            raise UserError(f"{file} is not a tokenizer ({str(error)[:120]}); fetch it again") from None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = read_tokenizer(file)
         if tokenizer.encode("").ids != [tokenizer.token_to_id(EOS)] or tokenizer.get_vocab_size() > self.cfg.vocab:
             raise UserError(f"{file} is not UMT5's: it does not end a text with '{EOS}', or has more than {self.cfg.vocab} tokens")
         return tokenizer
