@@ -2,6 +2,7 @@
 
     <run>/scores/<scorer>.jsonl          one Score per line, clips in order
     <run>/scores/<scorer>.json           with what and over which clips; it is there only when every clip was answered for or refused
+    <run>/scores/<scorer>/               what a scorer keeps for itself
     <run>/scores/<scorer>.ledger.jsonl   an answer per line as it came, by clip, sha256 of its video and version of the scorer
 
 What the ledger holds is not asked again: a scorer that was killed goes on, a clip that was made again is scored alone. Only a
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
-from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Scorer
+from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Scorer, Summarising
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = N
         for scorer in chosen:
             about = {"version": versions[scorer.name], "fingerprint": found.fingerprint, "partial": unfinished}
             try:
-                _score(scorer, run, clips, about, fresh)
+                _score(scorer, run, clips, about, fresh, partial)
             except UserError as error:
                 failed.append(error)
     if len(failed) > 1:
@@ -79,7 +81,7 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = N
     return run / "scores"
 
 
-def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], fresh: bool) -> None:
+def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], fresh: bool, partial: bool) -> None:
     """Run one scorer over the clips that it has not answered for.
 
     Raises:
@@ -96,6 +98,7 @@ def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], 
     }
     if fresh:
         ledger.unlink(missing_ok=True)
+        shutil.rmtree(run / "scores" / scorer.name, ignore_errors=True)
     elif note.exists() and rows.exists():
         there = records.read_json(note)
         if {key: there.get(key) for key in wanted} == wanted and there.get("rows_sha256") == records.sha256_of(rows):
@@ -122,7 +125,15 @@ def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], 
         ledger.unlink()  # answers that do not go together would not the next time either
         raise
     records.write_rows(rows, scores)
-    told = {"refused": refused, "rows_sha256": records.sha256_of(rows), "weights": dict(scorer.weights), "recorded": provenance.environment()}
+    told: dict[str, Any] = {
+        "refused": refused,
+        "rows_sha256": records.sha256_of(rows),
+        "weights": dict(scorer.weights),
+        "recorded": provenance.environment(),
+    }
+    if isinstance(scorer, Summarising):
+        missing = about["partial"] or bool(refused)
+        told |= {"sparse": sorted(scorer.sparse), "summary": scorer.summary(scored, run, partial=missing) if partial or not missing else None}
     records.write_json(note, wanted | told | {"seconds": round(time.monotonic() - begun, 3)})
     if scorer.together:
         ledger.unlink()
@@ -174,8 +185,8 @@ def _asked(scorer: Scorer, clips: list[Clip], run: Path) -> Iterator[tuple[Clip,
 def check(scores: Sequence[Score], clips: Sequence[Clip], scorer: Scorer) -> None:
     """Refuse answers that do not go together.
 
-    A metric may say nothing about a prompt (there is no direction in "a red disc"), but then about none of its clips; segments
-    are counted from 0 and equally many for every clip.
+    A metric may say nothing about a prompt (there is no direction in "a red disc"), but then, unless it is sparse, about none of
+    its clips; segments are counted from 0 and equally many for every clip.
 
     Raises:
         UserError: names the scorer, the clip and the metric (code 1).
@@ -188,9 +199,10 @@ def check(scores: Sequence[Score], clips: Sequence[Clip], scorer: Scorer) -> Non
     seen: dict[tuple[str, bool], dict[str, list[int | None]]] = {}  # (metric, in segments) -> clip -> segments
     for score in scores:
         seen.setdefault((score.metric, score.segment is not None), {}).setdefault(score.clip, []).append(score.segment)
+    sparse = scorer.sparse if isinstance(scorer, Summarising) else ()
     for (metric, in_segments), found in seen.items():
         silent = [clip for clip, prompt in prompt_of.items() if clip not in found and prompt in {prompt_of[other] for other in found}]
-        if silent:
+        if silent and metric not in sparse:
             raise refuse(f"has no '{metric}' for clip {silent[0]}, but for another clip of the same prompt")
         count = len(next(iter(found.values())))
         for clip, segments in found.items():

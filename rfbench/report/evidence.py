@@ -167,7 +167,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
     prompt_of = {clip.id: clip.prompt_id for clip in bench.clips}
     for name, there in [*((name, set(column)) for name, column in values.items()), *((name, set(column)) for name, column in segments.items())]:
         missing = {prompt_of[clip] for clip in there} & {prompt_of[clip] for clip in ids - there}
-        if missing:
+        if missing and name not in note.get("sparse", ()):
             raise UserError(f"{where}: '{name}' has no value for some clips of prompt {min(missing)}; {again}")
     silent = ids.difference(*values.values())
     if silent:

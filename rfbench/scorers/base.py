@@ -5,10 +5,10 @@ A metric is known outside as `<scorer>.<metric>`, e.g. `motion.dynamic_degree`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ SCORERS = {
     "reference": "rfbench.scorers.reference:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
     "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
+    "vbench": "rfbench.scorers.vbench:SCORER",
+    "vbench-quality": "rfbench.scorers.vbench:QUALITY",
+    "vbench-official": "rfbench.scorers.vbench:OFFICIAL",
 }
 LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
 
@@ -96,6 +99,24 @@ class Comparing(Protocol):
 
     def beside(self, run: Path) -> Scorer:
         """The scorer that compares with this run."""
+        ...
+
+
+@runtime_checkable
+class Summarising(Protocol):
+    """A scorer whose clips add up to more than means: what it says of all of them stands in the note."""
+
+    @property
+    def sparse(self) -> Set[str]:
+        """Metrics that may say nothing of a clip although they do of another one of the same prompt."""
+        ...
+
+    def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
+        """What the kept answers say together; `partial` where clips are missing.
+
+        Raises:
+            UserError: they say nothing together (code 1).
+        """
         ...
 
 

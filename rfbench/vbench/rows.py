@@ -16,7 +16,7 @@ from rfbench.errors import UserError
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.prompts import SAMPLES
 
-STATIC = "static_filter"  # not a dimension: 1 for a clip that temporal flickering may be measured on, else 0
+STATIC = "static"  # not a dimension: 1 for a clip that temporal flickering may be measured on, else 0
 MAY_DROP = {"color"}  # a clip in which the object was never seen with a colour does not count
 TEXT_FREE = (
     *("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness"),
@@ -102,8 +102,8 @@ def value(dimension: str, asked: Sequence[Asked], rows: Mapping[tuple[str, str],
     """
     silent = [one.clip for one in asked if (one.sha256, one.text) not in rows]
     if (silent and not partial) or len(silent) == len(asked):
-        names = ", ".join(silent[:3]) + (", ..." if len(silent) > 3 else "")
-        raise UserError(f"{dimension}: {len(silent)} of {len(asked)} clips have no value ({names or 'there are none'}); score them", code=1)
+        which = f" (not {', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''})" if silent else ""
+        raise UserError(f"{dimension}: of {len(asked)} clips {len(asked) - len(silent)} have a value{which}; score them", code=1)
     terms = [_term(rows[one.sha256, one.text], distributed) for one in asked if (one.sha256, one.text) in rows]
     weight = math.fsum(term[1] for term in terms)
     if weight == 0:

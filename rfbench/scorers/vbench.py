@@ -1,0 +1,274 @@
+"""VBench: sixteen dimensions of the clips of a run, and its totals, by the networks of the PyPI package `vbench`.
+
+A clip of the suite `vbench` is asked for the dimensions of its prompt; a clip of any other suite for those that need nothing but
+a prompt. Values are kept one by one in `scores/<scorer>/rows.jsonl` under the clip's sha256, the dimension and its version, so that
+other weights, or a dimension that can run now, cost nothing but themselves. What is kept of VBench's habits: rfbench/vbench/PROTOCOL.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rfbench import envs, records
+from rfbench.errors import UserError
+from rfbench.records import Clip, Score, canonical, fingerprint
+from rfbench.scorers.base import Answer, ClipError, Metric, verify_video
+from rfbench.vbench import rows, totals
+from rfbench.vbench.dimensions import T2V
+from rfbench.vbench.driver import Item, Line, answers, check
+from rfbench.vbench.prompts import Entry, entries
+from rfbench.vbench.rows import CUSTOM, STATIC, TEXT_FREE, Asked, Row
+
+TEXTS = {
+    "subject_consistency": "How alike neighbouring frames, and each and the first, are to DINO.",
+    "background_consistency": "How alike neighbouring frames, and each and the first, are to CLIP.",
+    "temporal_flickering": "How little pixels change from frame to frame, in static clips.",
+    "motion_smoothness": "How well a network that interpolates motion finds every second frame.",
+    "dynamic_degree": "Clips whose fastest pixels move far in a quarter of their frames.",
+    "aesthetic_quality": "LAION's aesthetic score of the frames.",
+    "imaging_quality": "MUSIQ's technical quality of the frames.",
+    "object_class": "Frames in which the object is found.",
+    "multiple_objects": "Frames in which both objects are found.",
+    "human_action": "Clips whose action is recognised.",
+    "color": "Frames with the object in the asked colour, of those in which it has any.",
+    "spatial_relationship": "Frames in which two of the objects lie side by side, or one above the other, as asked.",
+    "scene": "Frames whose caption names the scene.",
+    "appearance_style": "Cosine of frames and the name of the style.",
+    "temporal_style": "Cosine of the clip and its prompt.",
+    "overall_consistency": "Cosine of the clip and its prompt.",
+}
+SEEN = "color_seen"
+
+
+@dataclass(frozen=True)
+class Want:
+    """A dimension of a clip, with what it is compared with."""
+
+    dimension: str
+    prompt: str
+    about: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """What the answer depends on beside the clip."""
+        return "" if self.dimension in (*TEXT_FREE, STATIC) else canonical([self.prompt, self.about])
+
+
+@dataclass(frozen=True)
+class VBench:
+    """Some dimensions by one driver of the worker; `random` draws the networks' weights, to see that everything runs."""
+
+    name: str
+    dimensions: tuple[str, ...]
+    driver: str = "fast"
+    random: int | None = None
+    together = False
+    sparse = frozenset({"color", "temporal_flickering"})  # may say nothing of a clip
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """Those of the dimensions, and what two of them leave out."""
+        found = {name: Metric(True, "%", TEXTS[name]) for name in self.dimensions}
+        if "temporal_flickering" in found:
+            found[STATIC] = Metric(True, "%", "Clips that VBench's static filter lets through.")
+        if "color" in found:
+            found[SEEN] = Metric(True, "%", "Clips in which the object was seen with a colour; the others do not count for color.")
+        return found
+
+    @property
+    def version(self) -> str:
+        """Of vbench, the worker and the weights, of every dimension that can run here.
+
+        Raises:
+            UserError: the environment is not built, or none of the dimensions can run.
+        """
+        return fingerprint(self._versions())[:12]
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """The version of each dimension, which ends with the hashes of its files."""
+        return self._versions()
+
+    def _versions(self) -> dict[str, str]:
+        found = _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random)
+        ready = {one["dimension"]: one["version"] for one in found if one["version"]}
+        if not ready:
+            raise UserError(f"none of VBench's dimensions can run here: {found[0]['dimension']}: {found[0]['problem']}; {found[0]['fix']}")
+        return ready
+
+    def _names(self) -> list[str]:
+        return [*self.dimensions, *([STATIC] if "temporal_flickering" in self.dimensions else [])]
+
+    def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
+        """Rows of every clip, of those kept and of those that the worker makes now.
+
+        Raises:
+            UserError: a dimension that the suite asks for cannot run here; the prompts are not VBench's.
+        """
+        wants = {clip.id: _wanted(clip, entry, self._names()) for clip, entry in _entries(clips, out)}
+        asked = {want.dimension for several in wants.values() for want in several}
+        versions = self._versions()
+        for one in _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random):
+            if one["dimension"] in asked and one["dimension"] not in versions:
+                raise UserError(f"VBench's {one['dimension']} cannot run here: {one['problem']}; {one['fix']}")
+        kept = {rows.key(row): row for row in records.read_rows(self._rows(out), Row)}
+        waiting: dict[str, dict[str, Row | None]] = {}
+        items = []
+        for clip in clips:
+            waiting[clip.id] = {
+                want.dimension: kept.get((clip.sha256, want.dimension, versions[want.dimension], want.text, None, None)) for want in wants[clip.id]
+            }
+            if not wants[clip.id]:
+                yield Answer(clip.id, refused=f"clip {clip.id}: its prompt is for none of the dimensions of '{self.name}'")
+            elif all(waiting[clip.id].values()):
+                yield self._answer(clip, waiting[clip.id])
+            else:
+                try:
+                    path = verify_video(out, clip)
+                except ClipError as error:
+                    yield Answer(clip.id, refused=str(error))
+                    continue
+                for want in wants[clip.id]:
+                    if waiting[clip.id][want.dimension] is None:
+                        about = {"prompt": want.prompt, "about": want.about, "frames": clip.frames}
+                        items.append({"id": f"{clip.id} {want.dimension}", "path": str(path), "dimension": want.dimension, **about})
+        yield from self._made(items, {clip.id: clip for clip in clips}, wants, waiting, versions, out)
+
+    def _made(
+        self,
+        items: Sequence[Item],
+        clips: Mapping[str, Clip],
+        wants: Mapping[str, Sequence[Want]],
+        waiting: dict[str, dict[str, Row | None]],
+        versions: Mapping[str, str],
+        out: Path,
+    ) -> Iterator[Answer]:
+        """What the worker answers, each row kept at once; a clip is answered for with its last row."""
+        open_of: dict[str, int] = {}
+        refused: dict[str, str] = {}
+        for item in items:
+            open_of[item["id"].split()[0]] = open_of.get(item["id"].split()[0], 0) + 1
+        if not items:
+            return
+        with records.appending(self._rows(out)) as append:
+            job = {"driver": self.driver, "device": _device(), "random": self.random}
+            for line in answers(envs.python("vbench"), items, job, self._rows(out).parent):
+                number, dimension = line["id"].split()
+                if line.get("reason"):
+                    refused.setdefault(number, f"clip {number}: {line['reason']}")
+                else:
+                    text = next(want.text for want in wants[number] if want.dimension == dimension)
+                    sha256, version = clips[number].sha256, versions[dimension]
+                    row = Row(sha256, dimension, version, line["value"], line["weight"], text, extra=dict(line.get("extra", {})))
+                    append(row)
+                    waiting[number][dimension] = row
+                open_of[number] -= 1
+                if open_of[number] == 0:
+                    yield Answer(number, refused=refused[number]) if number in refused else self._answer(clips[number], waiting[number])
+
+    def _answer(self, clip: Clip, found: Mapping[str, Row | None]) -> Answer:
+        """Score rows of a clip. Flicker of a clip that moves is not told where it was filtered, and no colour of an object that was not seen."""
+        static = found.get(STATIC)
+        scores = []
+        for dimension, row in found.items():
+            assert row is not None
+            if dimension == "color":
+                scores.append(Score(clip.id, SEEN, 100.0 * (row.value is not None)))
+            if row.value is not None and not (dimension == "temporal_flickering" and static is not None and static.value != 1):
+                scores.append(Score(clip.id, dimension, 100 * row.value))
+        return Answer(clip.id, tuple(scores))
+
+    def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
+        """The dimensions over all clips as VBench in one process counts them, and the totals or why there are none.
+
+        `partial`: clips are missing, and every number says so. Where VBench in several processes would find another value, it
+        stands beside it.
+        """
+        versions, there = self._versions(), records.read_rows(self._rows(out), Row)
+        asked: dict[str, list[Asked]] = {}
+        for clip, entry in _entries(clips, out):
+            for want in _wanted(clip, entry, self._names()):
+                asked.setdefault(want.dimension, []).append(Asked(clip.id, clip.prompt_id, clip.sample, clip.sha256, want.text))
+        found: dict[str, dict[str, Any]] = {}
+        for dimension in self.dimensions:
+            if dimension not in asked or dimension not in versions:
+                continue
+            try:
+                found[dimension] = self._dimension(dimension, asked, there, versions, partial)
+            except UserError as error:
+                found[dimension] = {"value": None, "why": str(error)}
+        try:
+            points = totals.total({name: one["value"] for name, one in found.items() if one["value"] is not None})
+        except UserError as error:
+            return {"dimensions": found, "totals": None, "why": str(error)}
+        return {"dimensions": found, "totals": points | ({"partial": True} if partial else {})}
+
+    @staticmethod
+    def _dimension(
+        name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool
+    ) -> dict[str, Any]:
+        questions, mine, note = asked[name], rows.of_version(there, name, versions[name]), ""
+        if name == "temporal_flickering" and STATIC in asked:
+            questions, short = rows.static(asked[STATIC], rows.of_version(there, STATIC, versions[STATIC]))
+            note = f"{short} prompts have fewer than five static clips" if short else ""
+        value = rows.value(name, questions, mine, partial=partial)
+        other = rows.value(name, questions, mine, partial=partial, distributed=True)
+        found: dict[str, Any] = {"value": value.percent, "clips": value.clips, "asked": value.asked}
+        if partial:
+            found["partial"] = True
+        if other.percent != value.percent:
+            found["in_several_processes"] = other.percent
+        if note or value.note:
+            found["note"] = note or value.note
+        return found
+
+    def _rows(self, out: Path) -> Path:
+        return out / "scores" / self.name / "rows.jsonl"
+
+
+@functools.cache
+def _checked(python: Path, dimensions: tuple[str, ...], driver: str, random: int | None) -> list[Line]:
+    """What can run here, asked once per process: the worker hashes gigabytes for it."""
+    return check(python, dimensions, {"driver": driver, "random": random})
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _entries(clips: Sequence[Clip], out: Path) -> list[tuple[Clip, Entry]]:
+    """Every clip with the entry of its prompt; of a suite of one's own, with the dimensions that need nothing but a prompt.
+
+    Raises:
+        UserError: the run's prompts are not those of VBench's list although they name dimensions.
+    """
+    suite = records.read_run(out).inputs["suite"]
+    told = {prompt["id"]: prompt for prompt in suite["prompts"]}
+    if not any(prompt.get("dimensions") for prompt in told.values()):
+        return [(clip, Entry(clip.prompt, CUSTOM)) for clip in clips]
+    known = entries()
+    for number, prompt in told.items():
+        if number >= len(known) or (known[number].text, list(known[number].dimensions)) != (prompt["text"], prompt["dimensions"]):
+            raise UserError(f"{out}: prompt {number} is not that of VBench's list; generate a suite with 'prompts: vbench'")
+    filtered = {number for number, prompt in told.items() if (prompt.get("samples") or 0) > suite["samples"]}
+    return [(clip, _with_filter(known[clip.prompt_id]) if clip.prompt_id in filtered else known[clip.prompt_id]) for clip in clips]
+
+
+def _with_filter(entry: Entry) -> Entry:
+    return Entry(entry.text, (*entry.dimensions, STATIC), entry.auxiliary)
+
+
+def _wanted(clip: Clip, entry: Entry, names: Sequence[str]) -> list[Want]:
+    return [Want(name, clip.prompt, entry.auxiliary.get(name, {})) for name in entry.dimensions if name in names]
+
+
+ALL = tuple(T2V.dimensions)
+SCORER = VBench("vbench", ALL)
+QUALITY = VBench("vbench-quality", tuple(name for name, one in T2V.dimensions.items() if one.group == "quality"))
+OFFICIAL = VBench("vbench-official", ALL, driver="official")

@@ -1,0 +1,221 @@
+"""The scorer around the worker: what is asked, kept, resumed and refused, and what its note says; the worker is a fake one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from rfbench import envs, records, suites
+from rfbench.errors import UserError
+from rfbench.evaluate import evaluate
+from rfbench.records import Run
+from rfbench.scorers import vbench as scorer
+from rfbench.vbench import driver, totals
+from rfbench.vbench.dimensions import T2V
+from rfbench.vbench.rows import CUSTOM
+from tests import vbench_suite
+
+
+@pytest.fixture(autouse=True)
+def worker(folders, monkeypatch):
+    vbench_suite.publish(monkeypatch)
+    monkeypatch.setattr(envs, "python", lambda name, *options: Path(sys.executable))
+    monkeypatch.setattr(driver, "MODULE", "tests.fake_vbench_worker")
+    scorer._checked.cache_clear()
+    yield
+    scorer._checked.cache_clear()
+
+
+def made(folder, suite, content=lambda clip: f"{clip.id} static", status=records.DONE, frames=lambda clip: clip.frames):
+    """A finished run of a suite; its videos are texts."""
+    (folder / "videos").mkdir(parents=True)
+    clips = []
+    for prompt, sample in suite.items:
+        clip = vbench_suite.clip(prompt.id, sample, prompt.text, given=prompt.generate_from)
+        clip = dataclasses.replace(clip, frames=frames(clip))
+        (folder / clip.file).write_text(content(clip))
+        clips.append(dataclasses.replace(clip, sha256=records.sha256_of(folder / clip.file)))
+    records.write_rows(folder / "clips.jsonl", clips)
+    inputs = {"suite": suites.declared(suite)}
+    records.write_run(folder, Run("generate", f"x/{suite.name}", inputs, records.fingerprint(inputs), {}, status=status))
+    return folder
+
+
+def note(run, name="vbench"):
+    return json.loads((run / "scores" / f"{name}.json").read_text())
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def sessions(run):
+    path = run / "scores" / "vbench" / "sessions.txt"
+    return [int(line) for line in lines(path)] if path.exists() else []
+
+
+def raw(run):
+    return [json.loads(line) for line in lines(run / "scores" / "vbench" / "rows.jsonl")]
+
+
+def test_a_whole_run_has_every_dimension_and_a_total(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), frames=lambda clip: 81 + clip.sample)
+    evaluate(run, ["vbench"])
+    summary = note(run)["summary"]
+    assert list(summary["dimensions"]) == list(T2V.dimensions) and "partial" not in summary["totals"]
+    for name, found in summary["dimensions"].items():
+        mine = [row for row in raw(run) if row["dimension"] == name]
+        assert found["clips"] == found["asked"] == len(mine) == (10 if name in ("overall_consistency", "aesthetic_quality", "imaging_quality") else 5)
+        weighted = sum(row["value"] * row["weight"] for row in mine) / sum(row["weight"] for row in mine)
+        assert found["value"] == pytest.approx(100 * weighted)
+        differs = name in ("subject_consistency", "appearance_style")
+        assert ("in_several_processes" in found) == differs
+    subject = [row["value"] for row in raw(run) if row["dimension"] == "subject_consistency"]
+    assert summary["dimensions"]["subject_consistency"]["in_several_processes"] == pytest.approx(100 * statistics.mean(subject))
+    assert summary["totals"] == totals.total({name: found["value"] for name, found in summary["dimensions"].items()})
+    scores = records.read_rows(run / "scores" / "vbench.jsonl", records.Score)
+    assert {(s.clip, s.metric) for s in scores} == {
+        (f"{p.id:04d}-{i}", d) for p, i in suites.load_suite("vbench-forcing").items for d in p.dimensions
+    } | {(f"0008-{i}", "color_seen") for i in range(5)}
+
+
+def test_each_prompt_is_asked_for_its_dimensions_with_what_to_look_for(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
+    evaluate(run, ["vbench"])
+    items = {item["id"]: item for item in json.loads((run / "scores" / "vbench" / "job.json").read_text())["items"]}
+    assert items["0008-2 color"]["about"] == {"color": "red"} and items["0008-2 color"]["prompt"] == "a red car"
+    assert items["0002-0 scene"]["about"] == {"scene": {"scene": "alley"}} and items["0002-0 background_consistency"]["about"] == {}
+    assert {item["frames"] for item in items.values()} == {81} and len(items) == 5 * sum(len(e["dimension"]) for e in vbench_suite.ENTRIES)
+
+
+def test_flicker_is_that_of_the_first_five_static_clips(tmp_path):
+    moving = {0, 10, 2}
+    run = made(tmp_path / "run", suites.load_suite("vbench"), lambda clip: f"{clip.id} {'moving' if clip.sample in moving else 'static'}")
+    evaluate(run, ["vbench"])
+    found = note(run)["summary"]["dimensions"]["temporal_flickering"]
+    values = {row["sha256"]: row["value"] for row in raw(run) if row["dimension"] == "temporal_flickering"}
+    clips = {clip.sample: clip.sha256 for clip in records.read_clips(run) if clip.prompt_id == 1}
+    assert found["value"] == pytest.approx(100 * statistics.mean(values[clips[i]] for i in (1, 11, 12, 13, 14)))
+    assert (found["clips"], found["asked"]) == (5, 5)
+    told = {(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench.jsonl", records.Score)}
+    assert told["0001-2", "static"] == 0 and ("0001-2", "temporal_flickering") not in told and ("0001-24", "temporal_flickering") in told
+
+
+def test_few_static_clips_are_told_and_none_is_no_total(tmp_path):
+    run = made(tmp_path / "few", suites.load_suite("vbench"), lambda clip: f"{clip.id} {'static' if clip.sample == 7 else 'moving'}")
+    evaluate(run, ["vbench"])
+    assert note(run)["summary"]["dimensions"]["temporal_flickering"]["note"] == "1 prompts have fewer than five static clips"
+    run = made(tmp_path / "none", suites.load_suite("vbench"), lambda clip: f"{clip.id} moving")
+    evaluate(run, ["vbench"])
+    summary = note(run)["summary"]
+    assert summary["dimensions"]["temporal_flickering"] == {"value": None, "why": "temporal_flickering: of 0 clips 0 have a value; score them"}
+    assert summary["totals"] is None and "one of its dimensions is missing (temporal_flickering)" in summary["why"]
+
+
+def test_an_object_that_was_never_seen_does_not_count(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), lambda clip: f"{clip.id} {'unseen' if clip.sample < 2 else 'static'}")
+    evaluate(run, ["vbench"])
+    found = note(run)["summary"]["dimensions"]["color"]
+    assert (found["clips"], found["asked"]) == (3, 5) and found["note"].startswith("2 clips do not count")
+    told = {(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench.jsonl", records.Score)}
+    assert [told["0008-1", "color_seen"], told["0008-2", "color_seen"]] == [0, 100] and ("0008-1", "color") not in told
+
+
+def test_a_clip_that_kills_the_worker_costs_itself_alone_and_is_tried_again_when_mended(tmp_path):
+    deadly = {"0003-2": "die", "0009-0": "torn"}
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), lambda clip: deadly.get(clip.id, f"{clip.id} static"))
+    with pytest.raises(UserError, match=r"2 of 60 clips, first 0003-2 \(clip 0003-2: VBench's worker died of it \(Segmentation fault\)\)"):
+        evaluate(run, ["vbench"])
+    there = note(run)
+    assert set(there["refused"]) == {"0003-2", "0009-0"} and len(records.read_rows(run / "scores" / "vbench.jsonl", records.Score)) == 95 + 5 - 2
+    assert there["summary"] is None, "nobody asked for numbers of a part"
+    assert len(sessions(run)) < 30
+
+    clips = records.read_clips(run)
+    for clip in clips:
+        if clip.id in there["refused"]:
+            (run / clip.file).write_text(f"{clip.id} static")
+    clips = [dataclasses.replace(clip, sha256=records.sha256_of(run / clip.file)) for clip in clips]
+    records.write_rows(run / "clips.jsonl", clips)
+    before = len(sessions(run))
+    evaluate(run, ["vbench"])
+    assert sessions(run)[before:] == [2], "only what was not answered is asked"
+    assert "partial" not in note(run)["summary"]["totals"]
+
+
+def test_a_clip_that_is_no_video_is_refused_and_the_others_are_not_touched(tmp_path):
+    good = made(tmp_path / "good", suites.load_suite("vbench-forcing"))
+    evaluate(good, ["vbench"])
+    bad = made(tmp_path / "bad", suites.load_suite("vbench-forcing"), lambda clip: "broken" if clip.id == "0008-0" else f"{clip.id} static")
+    with pytest.raises(UserError, match="clip 0008-0: not a video"):
+        evaluate(bad, ["vbench"])
+    told = [{(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench.jsonl", records.Score)} for run in (good, bad)]
+    assert {key: value for key, value in told[0].items() if key[0] != "0008-0"} == told[1]
+
+
+def test_other_weights_of_one_dimension_are_other_values(tmp_path, monkeypatch):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
+    evaluate(run, ["vbench"])
+    evaluate(run, ["vbench"])
+    assert len(sessions(run)) == 1, "what is there is not asked again"
+    first = note(run)["version"]
+    monkeypatch.setenv("FAKE_VERSION", "others")
+    scorer._checked.cache_clear()
+    evaluate(run, ["vbench"])
+    assert len(sessions(run)) == 2 and note(run)["version"] != first
+    monkeypatch.delenv("FAKE_VERSION")
+    scorer._checked.cache_clear()
+    evaluate(run, ["vbench"])
+    assert len(sessions(run)) == 2 and note(run)["version"] == first, "the first rows are still there"
+    evaluate(run, ["vbench"], fresh=True)
+    assert sessions(run) == [95]
+
+
+def test_a_dimension_that_cannot_run_is_named_with_its_fix(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_LACKS", "scene")
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
+    with pytest.raises(UserError, match=r"VBench's scene cannot run here: not on this machine: it\.pth; curl it\.pth"):
+        evaluate(run, ["vbench"])
+    with pytest.raises(UserError, match="its prompt is for none of the dimensions of 'vbench-quality'"):
+        evaluate(run, ["vbench-quality"], partial=True)
+    summary = note(run, "vbench-quality")["summary"]
+    assert len(summary["dimensions"]) == 7 and summary["totals"] is None and "9 of its 16 dimensions are missing" in summary["why"]
+
+
+def test_prompts_of_ones_own_have_the_dimensions_that_need_no_more_and_no_total(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("smoke"))
+    evaluate(run, ["vbench"])
+    summary = note(run)["summary"]
+    assert set(summary["dimensions"]) == set(CUSTOM) and summary["totals"] is None and "7 of its 16 dimensions are missing" in summary["why"]
+
+
+def test_an_unfinished_run_says_partial_on_every_number(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), status=records.FAILED)
+    clips = records.read_clips(run)
+    records.write_rows(run / "clips.jsonl", [clip for clip in clips if clip.sample < 3])
+    with pytest.raises(UserError, match="is not finished"):
+        evaluate(run, ["vbench"])
+    evaluate(run, ["vbench"], partial=True)
+    summary = note(run)["summary"]
+    assert all(found["partial"] and found["asked"] in (3, 6) for found in summary["dimensions"].values()) and summary["totals"]["partial"]
+
+
+def test_prompts_that_are_not_vbenchs_are_refused(tmp_path):
+    suite = suites.load_suite("vbench-forcing")
+    changed = dataclasses.replace(suite, prompts=(dataclasses.replace(suite.prompts[0], text="a cat"), *suite.prompts[1:]))
+    with pytest.raises(UserError, match="prompt 0 is not that of VBench's list"):
+        evaluate(made(tmp_path / "run", changed), ["vbench"])
+
+
+def test_a_worker_that_does_not_work_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "MODULE", "tests.there_is_no_such_module")
+    run = made(tmp_path / "run", suites.load_suite("smoke"))
+    with pytest.raises(UserError, match=r"the environment 'vbench' does not work \(.*No module named tests.there_is_no_such_module\)"):
+        evaluate(run, ["vbench"])
+    assert os.environ.get("FAKE_LACKS") is None
