@@ -25,6 +25,7 @@ from rfbench.statistics import Ratio, ratio
 CLIP = 81  # pixel frames
 STEADY = 3  # first chunk of a stream that is counted: before it the window fills
 BUFFERS = (0, 1, 2)  # chunks in store before playing starts, besides the first
+FEWEST_PROCESSES = 3  # that have to agree before a claim about speed is judged: rounds of one process share its luck with memory and cores
 TAIL = 662  # gaps between chunks from which on a 99th percentile says something (MLPerf Inference's number of samples for p99)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import zlib
@@ -170,6 +171,7 @@ def write_profile(
     noise: float = 0.01,
     chunks: int = 20,
     repeats: int = 9,
+    processes: int = 3,
     timed_as: Mapping[str, str] | None = None,
 ) -> Path:
     """A profile run: contender -> frames per second end to end, and `slower` times the chunk's number more time for each chunk.
@@ -179,7 +181,7 @@ def write_profile(
     directory = runs / "profile" / name / hardware
     rng = np.random.default_rng(len(name))
     rounds = []
-    for number in range(repeats):
+    for process, number in itertools.product(range(processes), range(repeats)):
         machine = rng.uniform(1, 2)
         turns = []
         for contender in timing.order(list(speeds), number):
@@ -194,10 +196,10 @@ def write_profile(
                 return tuple(rows)
 
             turns.append(Turn(contender, 16, made(7), made(chunks), None, 310_000_000, None, None, 2.0 if number == 0 else None))
-        rounds.append(Round(0, number, tuple(turns)))
+        rounds.append(Round(process, number, tuple(turns)))
     records.write_rows(directory / "rounds.jsonl", rounds)
     contenders = {each: {"baseline": baseline(each), "weights_sha256": records.fingerprint({"of": each})} for each in speeds}
-    inputs = {"contenders": contenders, "chunks": chunks, "repeats": repeats, "processes": 1}
+    inputs = {"contenders": contenders, "chunks": chunks, "repeats": repeats, "processes": processes}
     recorded = RECORDED | {"timed_as": dict(timed_as or {})}
     result = {"rounds_sha256": records.sha256_of(directory / "rounds.jsonl")}
     run = Run("profile", f"{name}/{hardware}", inputs, records.fingerprint(inputs), recorded, records.DONE, "2026-01-01T00:00:00Z", seconds=5.0)

@@ -216,10 +216,11 @@ def test_a_speed_is_judged_by_the_ratio_of_rounds_in_which_both_took_a_turn(root
     assert student.low < variant.high and variant.low < student.high  # type: ignore[operator]
     found = findings["fps"]
     assert found.value == pytest.approx(100 * (40 / 2 - 1), rel=0.01)
-    ratios = sorted(100 * (student.rounds[key] / teacher.rounds[key] - 1) for key in teacher.rounds)
-    assert [found.low, found.high] == pytest.approx([ratios[1], ratios[7]])  # of nine, all but the outermost
+    ratios = [sorted(100 * (student.rounds[key] / teacher.rounds[key] - 1) for key in teacher.rounds if key[1] == process) for process in range(3)]
+    ends = [min(own[1] for own in ratios), max(own[7] for own in ratios)]  # of nine in each process, all but the outermost
+    assert [found.low, found.high] == pytest.approx(ends)
     assert found.published == pytest.approx(100 * (23.1 / 17.0 - 1))
-    assert "over 9 paired rounds lies above zero; one process each: another start may say otherwise" in found.reason
+    assert found.verdict == "reproduced" and found.reason == "the 95 % interval over 27 paired rounds of 3 processes lies above zero"
     assert tables.improvement(board, found).endswith(" %") and tables.published(found) == "+35.88 %"
     assert not student.tied or not variant.tied
     assert student.tied or variant.tied
@@ -230,6 +231,15 @@ def test_a_speed_is_judged_by_the_ratio_of_rounds_in_which_both_took_a_turn(root
     fake_runs.write_profile(root / "runs", "study", fps, noise=0.002)
     assert board_of(root)[1]["fps-close"].verdict == "reproduced"
     assert board_of(root)[1]["fps-close"].value == pytest.approx(5, abs=0.5)
+
+
+@pytest.mark.parametrize(("processes", "verdict"), [(1, "inconclusive"), (2, "inconclusive"), (3, "reproduced")])
+def test_a_speed_is_not_judged_by_one_start_however_clear_it_looks(root: Path, processes: int, verdict: str) -> None:
+    shutil.rmtree(root / "runs" / "profile")
+    fake_runs.write_profile(root / "runs", "study", {"study/teacher": 2.0, "study/student-s0": 40.0}, processes=processes)
+    found = board_of(root)[1]["fps"]
+    assert found.verdict == verdict and found.low is not None and found.low > 1500
+    assert ("another start may say otherwise: a verdict needs 3 processes" in found.reason) == (processes < 3)
 
 
 def test_timings_that_are_no_pairs_are_not_compared(root: Path) -> None:

@@ -98,9 +98,12 @@ def _judge_timing(found: Finding, better: Cell, than: Cell, sign: float) -> Find
     low, high = (None if end is None else _percent(end, 1) for end in (measured.low, measured.high))
     found = dataclasses.replace(found, value=_percent(measured.value, 1), low=low, high=high)
     verdict = statistics.verdict(low, high, found.claim.margin)
-    rounds = f"the 95 % interval over {measured.rounds} paired rounds"
-    caution = "; one process each: another start may say otherwise" if measured.processes == 1 and low is not None else ""
-    return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, measured.why, rounds) + caution)
+    started = f"{measured.processes} process{'es' * (measured.processes > 1)}"
+    reason = _reason(found, verdict, measured.why, f"the 95 % interval over {measured.rounds} paired rounds of {started}")
+    if verdict != INCONCLUSIVE and measured.processes < timing.FEWEST_PROCESSES:
+        verdict = INCONCLUSIVE
+        reason += f", but another start may say otherwise: a verdict needs {timing.FEWEST_PROCESSES} processes"
+    return dataclasses.replace(found, verdict=verdict, reason=reason)
 
 
 def timed(claim: Claim) -> bool:
