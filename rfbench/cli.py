@@ -51,7 +51,7 @@ def _runs() -> dict[str, Path]:
     return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
 
 
-WHAT = ("recipes", "baselines", "suites", "studies", "scorers", "policies", "methods", "hardware", "environments")
+WHAT = ("recipes", "baselines", "suites", "studies", "claims", "scorers", "policies", "methods", "hardware", "environments")
 
 Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
 Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
@@ -231,14 +231,27 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Where it goes, instead of the reports folder.", show_default=False)] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the evidence as records that can be committed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail unless the committed reports and records are whole and agree.")] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="No runs: which published numbers follow from the others, and which do not.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tables, plots and verdicts, as Markdown, CSV and one HTML page."""
+    if audit:
+        _audit(as_json, other=bool(runs or study or out or record or check))
+        return
     from rfbench import report as verb
 
     directories = [_run(run) for run in runs or []]
     folder = settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
     _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check), as_json)
+
+
+def _audit(as_json: bool, *, other: bool) -> None:
+    from rfbench.report import audit
+
+    if other:
+        raise UserError("--audit is about published numbers alone; leave out the runs and the other options of report")
+    checks = audit.audit()
+    _print_table([dataclasses.asdict(check) for check in checks] if as_json else audit.table(checks), title="checks", as_json=as_json)
 
 
 @app.command()

@@ -300,25 +300,16 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Published:
-    """The two numbers whose difference a claim is about, as printed."""
-
-    better: float
-    than: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Claim:
     """`better` beats `than` on `metric` of `suite`; which direction is better is the metric's own property."""
 
     id: str
-    text: str
     metric: str  # "<scorer>.<metric>" or "profile.<metric>"
     better: str
     than: str
     suite: str | None = None  # None for profile metrics
-    published: Published | None = None
+    text: str = ""  # that of the paper's claim where it is one
+    says: str | None = None  # which claim of the paper this tests (`rfbench list claims`); None: the one with its id, if there is one
     margin: float = 0.0  # the claim is a difference of more than this; of timings, of more than this many per cent
 
 

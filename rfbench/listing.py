@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rfbench import config, envs, suites
+from rfbench import config, envs, published, suites
 from rfbench.config import Baseline, Recipe, Study
 from rfbench.errors import UserError
 from rfbench.registry import pick
@@ -45,6 +45,29 @@ def studies() -> list[Row]:
         return {"title": study.title, "contenders": len(study.contenders), "claims": len(study.claims), "needs": study.needs}
 
     return [_loaded(Study, name, row) for name in _names(Study)]
+
+
+def claims() -> list[Row]:
+    """The paper's claims with the numbers printed for them, then those of studies alone; and the studies that test each, with the metric."""
+    tests: dict[str, list[str]] = {}
+    own: dict[str, str] = {}
+    for name in _names(Study):
+        try:
+            asked = config.load(Study, name).claims
+        except UserError:  # `list studies` says what is wrong with it
+            continue
+        for claim in asked:
+            about = claim.says or claim.id
+            tests.setdefault(about, []).append(f"{name} ({claim.metric}{f', {claim.suite}' if claim.suite else ''})")
+            if about not in published.statements():
+                own.setdefault(about, claim.text)
+    rows: list[Row] = []
+    for about, statement in published.statements().items():
+        better, than = published.pair(statement)
+        printed = f"{better.text} against {than.text}"
+        rows.append({"name": about, "claim": statement.text, "said": statement.said, "quantity": better.metric, "published": printed})
+    rows += [{"name": about, "claim": text, "said": "here", "quantity": None, "published": None} for about, text in own.items()]
+    return [{**row, "tested by": "; ".join(tests.get(str(row["name"]), ["no study"]))} for row in rows]
 
 
 def suite_rows() -> list[Row]:
@@ -117,6 +140,7 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "baselines": baselines,
     "suites": suite_rows,
     "studies": studies,
+    "claims": claims,
     "scorers": scorers,
     "policies": policies,
     "methods": methods,

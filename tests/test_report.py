@@ -20,7 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rfbench import config, records, report, strict
+from rfbench import config, published, records, report, strict
 from rfbench.config import Study
 from rfbench.errors import UserError
 from rfbench.report import claims, evidence, film, leaderboard, plots, sources, tables
@@ -58,11 +58,11 @@ STUDY: dict[str, Any] = {
         {"id": "missing", "text": "nobody knows", "metric": "motion.speed", "suite": "short", "better": "absent", "than": "student"},
         {
             **{"id": "steadier", "text": "it drifts less", "metric": "drift.drift", "suite": "short", "better": "teacher", "than": "student"},
-            "published": {"better": 2.5, "than": 5.0, "source": "paper, Table 3"},
+            "says": "sink-drift",
         },
         {
             **{"id": "fps", "text": "it streams faster", "metric": "profile.e2e_fps", "better": "student", "than": "teacher"},
-            "published": {"better": 23.1, "than": 17.0, "source": "paper, Table 1"},
+            "says": "window-speed",
         },
         {"id": "fps-close", "text": "the variant is faster", "metric": "profile.e2e_fps", "better": "variant", "than": "student"},
     ],
@@ -195,7 +195,7 @@ def test_claims_get_the_verdict_of_what_was_put_in(pristine: Path, written: Path
     assert findings["slower"].value == pytest.approx(-paired)
     assert (findings["faster"].low, findings["faster"].high) == pytest.approx((-(findings["slower"].high or 0), -(findings["slower"].low or 0)))
     assert findings["steadier"].value == pytest.approx(2.0, abs=0.3)  # less drift is an improvement
-    assert findings["steadier"].published == 2.5
+    assert findings["steadier"].published == pytest.approx(5.08 - 2.65)
     assert findings["faster"].seeds == 2
     assert "margin of 0.6" in findings["much"].reason
     assert "study/absent-s0/short has not been generated" in findings["missing"].reason
@@ -260,12 +260,14 @@ def test_timings_that_are_no_pairs_are_not_compared(root: Path) -> None:
     assert board_of(root)[1]["fps"].reason == "profile/cpu: rounds.jsonl is not what was written; profile it again with --fresh"
 
 
-def test_what_is_better_when_lower_is_compared_the_other_way_round(root: Path) -> None:
+def test_what_is_better_when_lower_is_compared_the_other_way_round(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"id": "first", "text": "its first frame comes sooner", "metric": "profile.ttff_s", "better": "student", "than": "teacher"}
-    (root / "study.yaml").write_text(yaml.safe_dump(STUDY | {"claims": [first | {"published": {"better": 0.5, "than": 0.75, "source": "x"}}]}))
+    pair = published.Pair("self-forcing/table-1", "latency_s", better="self-forcing-framewise", than="self-forcing")
+    monkeypatch.setattr(published, "statements", lambda: {"soon": published.Statement("its first frame comes sooner", "Table 1", pair)})
+    (root / "study.yaml").write_text(yaml.safe_dump(STUDY | {"claims": [first | {"says": "soon"}]}))
     found = board_of(root)[1]["first"]
     assert found.value == pytest.approx(1900, rel=0.05) and found.verdict == "reproduced"
-    assert found.published == pytest.approx(50)
+    assert found.published == pytest.approx(100 * (0.69 / 0.45 - 1))
 
 
 def test_ties_and_bests(pristine: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rfbench.config import Claim
 from rfbench.errors import UserError, did_you_mean
 from rfbench.strict import build, load_plain
 
@@ -52,6 +53,12 @@ class Source:
     by: str
     tables: dict[str, Table]
     independent: bool = False  # has no contender of its own
+    month: str | None = None  # "2025-03", when it was there for others to take numbers from; None: as its number on arXiv says, if it has one
+
+    @property
+    def since(self) -> str | None:
+        number = re.match(r"arXiv:(\d\d)(\d\d)\.", self.where)
+        return self.month or (f"20{number[1]}-{number[2]}" if number else None)
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,18 @@ class Reported:
         return float(self.text)
 
     @property
-    def half(self) -> float:
-        """Half a unit of the last printed place: how far the number behind it may lie."""
-        return 0.5 * 10.0 ** -len(self.text.partition(".")[2])
+    def low(self) -> float:
+        return behind(self.text)[0]
+
+    @property
+    def high(self) -> float:
+        return behind(self.text)[1]
+
+
+def behind(text: str) -> tuple[float, float]:
+    """The least and the most that a printed number may stand for: rounded, or cut off as some tables do."""
+    unit = 10.0 ** -len(text.partition(".")[2])
+    return float(text) - unit / 2, float(text) + unit
 
 
 @dataclass(frozen=True)
@@ -172,9 +188,27 @@ def statements() -> Mapping[str, Statement]:
     found = {}
     for name, value in load_plain(FOLDER / f"{CLAIMS}.yaml", (), Statement).items():
         found[name] = build(Statement, value, where=f"{CLAIMS}.yaml, {name}")
-        pair = found[name].published
-        for system in (pair.better, pair.than):
-            cell(pair.table, system, pair.metric)
+        pair(found[name])
+    return found
+
+
+def pair(statement: Statement) -> tuple[Reported, Reported]:
+    """The two printed numbers of a claim."""
+    asked = statement.published
+    return cell(asked.table, asked.better, asked.metric), cell(asked.table, asked.than, asked.metric)
+
+
+def statement_of(claim: Claim) -> Statement | None:
+    """What the paper says to a study's claim.
+
+    Raises:
+        UserError: the claim is said to be one of the paper's, which it is not; or it is none and has no text of its own.
+    """
+    if claim.says is not None and claim.says not in statements():
+        raise UserError(f"claim '{claim.id}' says '{claim.says}', which is no claim of the paper{did_you_mean(claim.says, statements())}")
+    found = statements().get(claim.says or claim.id)
+    if found is None and not claim.text:
+        raise UserError(f"claim '{claim.id}' needs a 'text', or an id or 'says' of one of the paper's claims{did_you_mean(claim.id, statements())}")
     return found
 
 

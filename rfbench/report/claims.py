@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rfbench import statistics, timing
+from rfbench import published, statistics, timing
 from rfbench.config import Claim, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.published import Reported
 from rfbench.report.leaderboard import BOARD, NUMBER, Board, Cell, Row, suite_name
 from rfbench.statistics import INCONCLUSIVE, NOT_RUN, REPRODUCED
 from rfbench.timing import TIMINGS
@@ -30,6 +31,7 @@ class Finding:
     low: float | None = None
     high: float | None = None
     published: float | None = None  # the same improvement as printed
+    printed: tuple[Reported, Reported] | None = None  # the two numbers that it is the difference of
     detectable: float | None = None  # smallest true difference that this much data finds four times in five
     seeds: int = 0  # training seeds that carry it; 0 where nothing was trained
 
@@ -45,12 +47,14 @@ def judge(board: Board, study: Study) -> tuple[Finding, ...]:
 
 def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     check(study, claim, board.metrics)
-    published = None
+    statement = published.statement_of(claim)
+    claim = dataclasses.replace(claim, text=claim.text or (statement.text if statement else ""))
+    told, printed = None, published.pair(statement) if statement else None
     higher_is_better = board.metrics[claim.metric].higher_is_better if claim.metric in board.metrics else True
     sign = 1.0 if higher_is_better else -1.0
-    if claim.published is not None and claim.metric in board.metrics:
-        printed = claim.published.better, claim.published.than
-        published = _percent(*(printed if sign > 0 else printed[::-1])) if timed(claim) else sign * (printed[0] - printed[1])
+    if printed is not None and claim.metric in board.metrics:
+        values = printed[0].value, printed[1].value
+        told = _percent(*(values if sign > 0 else values[::-1])) if timed(claim) else sign * (values[0] - values[1])
     columns = board.hardware if claim.suite is None else (suite_name(claim.suite),)
     pairs = [(board.cells.get((claim.better, column, claim.metric)), board.cells.get((claim.than, column, claim.metric))) for column in columns]
     whole = [pair for pair in pairs if all(cell is not None and cell.state == NUMBER for cell in pair)]
@@ -58,11 +62,12 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
         lacking = [cell.reason for pair in pairs for cell in pair if cell is not None and cell.state != NUMBER]
         reason = (lacking or _why_not(board, claim))[0]
         better, than = pairs[0] if pairs else (None, None)
-        return Finding(claim, NOT_RUN, reason, better, than, published=published)
+        return Finding(claim, NOT_RUN, reason, better, than, published=told, printed=printed)
     better, than = whole[0]
     assert better is not None and than is not None
     rows = {row.name: row for row in board.rows}
-    found = Finding(claim, INCONCLUSIVE, "", better, than, published=published, seeds=_carried_by(rows[claim.better], rows[claim.than]))
+    carried = _carried_by(rows[claim.better], rows[claim.than])
+    found = Finding(claim, INCONCLUSIVE, "", better, than, published=told, printed=printed, seeds=carried)
     if better.sample is None or than.sample is None:
         return _judge_timing(found, better, than, sign)
     try:
@@ -144,6 +149,7 @@ def check(study: Study, claim: Claim, metrics: Iterable[str]) -> None:
         UserError: no such contender, scorer, suite or metric.
     """
     where = f"study '{study.title}', claim '{claim.id}'"
+    published.statement_of(claim)
     names = {contender.name for contender in study.contenders}
     for contender in (claim.better, claim.than):
         if contender not in names:

@@ -106,9 +106,9 @@ def _finding(board: Board, finding: Finding) -> dict[str, Any]:
     measured = finding.value is not None and finding.better is not None and finding.than is not None
     what = f"{label(claim.metric)} {arrow(metric) if metric else ''}{f', {claim.suite}' if claim.suite else ''}"
     told = None
-    if claim.published is not None:
+    if finding.printed is not None:
         difference = published(finding)
-        told = f"{difference}{': ' if difference else ''}{claim.published.better:g} against {claim.published.than:g} ({claim.published.source})"
+        told = f"{difference}{': ' if difference else ''}{finding.printed[0].text} against {finding.printed[1].text} ({finding.printed[0].table})"
     return {
         "verdict": finding.verdict,
         "text": claim.text,

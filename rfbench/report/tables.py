@@ -139,11 +139,12 @@ def claims_csv(findings: Sequence[Finding]) -> str:
     """Every claim with its verdict, the measured improvement and the printed one."""
     rows = []
     for finding in findings:
-        claim, printed = finding.claim, finding.claim.published
+        claim, pair = finding.claim, finding.printed
         row: dict[str, Any] = {key: getattr(claim, key) for key in ("id", "text", "metric", "suite", "better", "than", "margin")}
         row |= {"verdict": finding.verdict, "improvement": finding.value, "low": finding.low, "high": finding.high}
         row |= {"detectable": finding.detectable, "training_seeds": finding.seeds, "published_improvement": finding.published}
-        row |= {f"published_{key}": getattr(printed, key) if printed else None for key in ("better", "than", "source")}
+        row |= {f"published_{side}": pair[i].text if pair else None for i, side in enumerate(("better", "than"))}
+        row["published_source"] = f"{pair[0].where}, {pair[0].table}" if pair else None
         rows.append(row | {"reason": finding.reason})
     return _csv(rows)
 
