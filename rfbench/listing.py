@@ -65,8 +65,8 @@ def claims() -> list[Row]:
     for about, statement in published.statements().items():
         better, than = published.pair(statement)
         printed = f"{better.text} against {than.text}"
-        rows.append({"name": about, "claim": statement.text, "said": statement.said, "quantity": better.metric, "published": printed})
-    rows += [{"name": about, "claim": text, "said": "here", "quantity": None, "published": None} for about, text in own.items()]
+        rows.append({"name": about, "title": statement.text, "said": statement.said, "quantity": better.metric, "published": printed})
+    rows += [{"name": about, "title": text, "said": "here", "quantity": None, "published": None} for about, text in own.items()]
     return [{**row, "tested by": "; ".join(tests.get(str(row["name"]), ["no study"]))} for row in rows]
 
 
