@@ -30,6 +30,7 @@ from rfbench.errors import UserError
 
 SCHEMA = 1
 RUNNING, DONE, FAILED = "running", "done", "failed"
+IMPORTED = "imported"  # stands for the sha256 of weights of videos that were made elsewhere
 RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
 
 

@@ -66,6 +66,10 @@ class Interval:
     seeds: int
     why: str = ""
 
+    def p(self, margin: float = 0.0) -> float | None:
+        """Two-sided p-value of a true value of `margin`: Student's t with the interval's own error; a sign test where all prompts are alike."""
+        return p_value(self.value - margin, self.error, self.freedom, self.prompts) if self.low is not None else None
+
 
 def sample(values: npt.ArrayLike, prompts: Sequence[Hashable], seeds: Sequence[Hashable] | None = None) -> Sample:
     """Group clip values: three sequences of length N; without `seeds` all clips are of one.
@@ -101,35 +105,67 @@ def difference(better: Sample, than: Sample) -> Interval:
     Raises:
         ValueError: the two are not over the same clips.
     """
-    if set(better.prompts) != set(than.prompts):
-        raise ValueError("a paired difference needs the same prompts on both sides")
-    order = [than.prompts.index(name) for name in better.prompts]
-    than = Sample(than.seeds, better.prompts, than.total[:, order], than.count[order])
-    if (better.count != than.count).any():
+    return _interval(better, paired(better, than))
+
+
+def paired(one: Sample, other: Sample) -> Sample:
+    """The other sample with its prompts, and its training seeds where both have the same, in the order of the first.
+
+    Raises:
+        ValueError: the two are not over the same clips.
+    """
+    if one.prompts != other.prompts:
+        if set(one.prompts) != set(other.prompts):
+            raise ValueError("a paired difference needs the same prompts on both sides")
+        place = {name: i for i, name in enumerate(other.prompts)}
+        order = [place[name] for name in one.prompts]
+        other = Sample(other.seeds, one.prompts, other.total[:, order], other.count[order])
+    if (one.count != other.count).any():
         raise ValueError("a paired difference needs the same number of clips of each prompt on both sides")
-    if set(better.seeds) == set(than.seeds):
-        than = Sample(better.seeds, than.prompts, than.total[[than.seeds.index(name) for name in better.seeds]], than.count)
-    return _interval(better, than)
+    if one.seeds != other.seeds and set(one.seeds) == set(other.seeds):
+        other = Sample(one.seeds, other.prompts, other.total[[other.seeds.index(name) for name in one.seeds]], other.count)
+    return other
 
 
-def _interval(one: Sample, other: Sample | None) -> Interval:
-    """Interval of mean(one) - mean(other), or of mean(one)."""
-    sides = [one] if other is None else [one, other]
+@dataclass(frozen=True)
+class Contrast:
+    """mean(one) - mean(other), or mean(one), without an interval: what needs no bootstrap."""
+
+    value: float
+    error: float  # standard error; 0 if there is no spread at all
+    freedom: float  # Satterthwaite degrees of freedom of the error
+    tables: tuple[Array, ...]  # [S, P] each, whose means per clip add up to the value
+
+
+def contrast(one: Sample, other: Sample | None) -> Contrast:
+    """Value and unbiased standard error of a difference of two samples that are `paired`, or of one sample."""
     matched = other is not None and one.seeds == other.seeds
-    count, seeds, prompts = one.count, min(len(side.seeds) for side in sides), len(one.prompts)
-    clips = int(count.sum()) * seeds
+    count, prompts = one.count, len(one.prompts)
     # a difference of two contenders is one table of differences as far as prompts go, and for seeds where they match
-    tables = [one.total - other.total] if matched and other is not None else [one.total, *(() if other is None else (-other.total,))]
+    tables = (one.total - other.total,) if matched and other is not None else (one.total, *(() if other is None else (-other.total,)))
     value = float(sum(table.mean(0).sum() for table in tables) / count.sum())
     if prompts == 1:
-        return Interval(value, None, None, math.nan, 0.0, clips, 1, seeds, "one prompt")
+        return Contrast(value, math.nan, 0.0, tables)
     by_prompt = sum((table.mean(0) for table in tables), np.zeros(prompts))
     parts = [(float(((by_prompt - value * count) / count.mean()).var(ddof=1)) / prompts, prompts - 1)]
     parts += [(float((table.sum(1) / count.sum()).var(ddof=1)) / len(table), len(table) - 1) for table in tables if len(table) > 1]
     error = math.sqrt(sum(variance for variance, _ in parts))
     if error <= 1e-12 * max(1.0, float(np.abs(by_prompt / count).max())):
+        return Contrast(value, 0.0, prompts - 1, tables)
+    return Contrast(value, error, error**4 / sum(variance**2 / free for variance, free in parts), tables)
+
+
+def _interval(one: Sample, other: Sample | None) -> Interval:
+    """Interval of mean(one) - mean(other), or of mean(one)."""
+    sides = [one] if other is None else [one, other]
+    count, seeds, prompts = one.count, min(len(side.seeds) for side in sides), len(one.prompts)
+    clips = int(count.sum()) * seeds
+    found = contrast(one, other)
+    value, error, freedom, tables = found.value, found.error, found.freedom, found.tables
+    if prompts == 1:
+        return Interval(value, None, None, math.nan, 0.0, clips, 1, seeds, "one prompt")
+    if error == 0:
         return _alike(value, clips, prompts, seeds, paired=other is not None)
-    freedom = error**4 / sum(variance**2 / free for variance, free in parts)
     # seeds that are not matched are drawn apart, and alike whichever side comes first
     streams = (
         [0] if len(tables) == 1 else [int(repr(side.seeds) > repr(rival.seeds)) for side, rival in ((sides[0], sides[-1]), (sides[-1], sides[0]))]
@@ -177,6 +213,61 @@ def student(freedom: float, level: float) -> float:
     return float(math.sqrt(freedom) * math.tan(np.interp(level, within / within[-1], angle)))
 
 
+def beyond(t: float, freedom: float) -> float:
+    """The probability that a Student variable of `freedom` >= 1 degrees lies farther from zero than t, either side."""
+    freedom = min(freedom, 1e6)
+    begin = math.atan(abs(t) / math.sqrt(freedom))
+    end = min(math.pi / 2, begin + 12 / math.sqrt(freedom))
+    edges = np.linspace(begin, end, 2001)
+    middle = (edges[1:] + edges[:-1]) / 2
+    mass = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))  # of cos**(freedom - 1) up to pi / 2
+    return float(min(1.0, (np.cos(middle) ** (freedom - 1)).sum() * (edges[1] - edges[0]) / mass))
+
+
+def p_value(value: float, error: float, freedom: float, prompts: int) -> float:
+    """Two-sided p-value of no difference; without any spread that of as many prompts on one side."""
+    if error > 0:
+        return beyond(value / error, freedom)
+    return min(1.0, 2.0 ** (1 - prompts)) if value else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number, so that all that stay below a level are wrong together no more often than it says.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+    """
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+def ranks(samples: Sequence[Sample], *, higher_is_better: bool) -> list[tuple[int, int]]:
+    """The best and the worst rank that each sample may have: 1 + those that are better for sure to n - those that are worse for sure.
+
+    For sure: their paired difference is not zero at 95 %, corrected by `holm` for all pairs, so that all rank intervals together
+    hold the true ranks at least that often.
+
+    Source: Mogstad, Romano, Shaikh and Wilhelm, Inference for ranks, Review of Economic Studies 91 (2024), in the form for all ranks.
+
+    Raises:
+        ValueError: two are not over the same clips.
+    """
+    pairs = list(itertools.combinations(range(len(samples)), 2))
+    found = [contrast(samples[i], paired(samples[i], samples[j])) for i, j in pairs]
+    enough = [p_value(each.value, each.error, each.freedom, len(samples[i].prompts)) for each, (i, _) in zip(found, pairs, strict=True)]
+    adjusted = holm([p if math.isfinite(p) else 1.0 for p in enough])
+    better = [0] * len(samples)  # how many are better than this one for sure
+    worse = [0] * len(samples)
+    for (i, j), each, p in zip(pairs, found, adjusted, strict=True):
+        if p <= 1 - LEVEL:
+            winner, loser = (i, j) if (each.value > 0) == higher_is_better else (j, i)
+            better[loser] += 1
+            worse[winner] += 1
+    return [(1 + above, len(samples) - below) for above, below in zip(better, worse, strict=True)]
+
+
 @dataclass(frozen=True)
 class Ratio:
     """The typical ratio of two paired timings and its 95 % interval; without `low` and `high`, `why` says what the interval lacks."""
@@ -187,6 +278,20 @@ class Ratio:
     rounds: int
     processes: int
     why: str = ""
+    draws: tuple[tuple[float, ...], ...] = ()  # what the median is of: those of all processes, or of each
+
+    def p(self, margin: float = 1.0) -> float | None:
+        """Two-sided p-value of a true median of `margin`: a sign test, of several processes the one that says least."""
+        if self.low is None:
+            return None
+        return max(sign_test([value - margin for value in own]) for own in self.draws)
+
+
+def sign_test(values: Sequence[float]) -> float:
+    """Two-sided p-value of a median of zero; values of zero say nothing."""
+    above, below = sum(value > 0 for value in values), sum(value < 0 for value in values)
+    fewer = sum(math.comb(above + below, k) for k in range(min(above, below) + 1))
+    return min(1.0, 2 * fewer / 2 ** (above + below))
 
 
 def ratio(better: Sequence[Sequence[float]], than: Sequence[Sequence[float]]) -> Ratio:
@@ -212,7 +317,8 @@ def ratio(better: Sequence[Sequence[float]], than: Sequence[Sequence[float]]) ->
     if len(ends) < 2 * len(intervals):
         fewest = min(map(len, ratios))
         return Ratio(value, None, None, rounds, len(ratios), f"{fewest} round{'s' * (fewest > 1)} in a process, the least is {FEWEST_ALIKE}")
-    return Ratio(value, min(ends), max(ends), rounds, len(ratios))
+    draws = [tuple(medians)] if over_processes else [tuple(own) for own in ratios]
+    return Ratio(value, min(ends), max(ends), rounds, len(ratios), draws=tuple(draws))
 
 
 def order_interval(values: Sequence[float]) -> tuple[float, float] | None:

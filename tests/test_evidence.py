@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import yaml
 
 from rfbench import records, report
 from rfbench.errors import UserError
-from rfbench.report import checking, evidence, film, leaderboard, record
+from rfbench.report import checking, evidence, film, leaderboard, record, tables
 from rfbench.settings import HOME
 from tests.test_report import HOSTILE, PROMPTS, STUDY, scores_of, write_runs
 
@@ -207,6 +208,45 @@ def test_what_could_not_be_read_stays_told_by_the_same_words(recorded: Path, tmp
     assert not (root / "reports/records/study/student-s1").exists()
     assert "truncated or was altered" in (root / "reports/study/leaderboard.csv").read_text()
     assert found_in(root) == []
+
+
+OPEN = {
+    "": lambda run: None,
+    "code with uncommitted changes": lambda run: run["recorded"]["code"].__setitem__("dirty", True),
+    "code of no known commit": lambda run: run["recorded"].__setitem__("continued_on", [{"code": {"commit": None, "dirty": None}}]),
+    "weights whose hash is not declared": lambda run: run["recorded"]["baseline"].update(weights={"file": "x.pt"}, trained_by={}),
+    "an approximate decoder": lambda run: run["recorded"]["baseline"].__setitem__("decoder", "tiny"),
+    "random weights": lambda run: run["inputs"].__setitem__("weights_sha256", "random"),
+    "videos made elsewhere": lambda run: run["inputs"].__setitem__("weights_sha256", "imported"),
+    "part or another version of suite toy-short": lambda run: run["inputs"]["suite"].__setitem__("sha256", "0" * 64),
+}
+
+
+@pytest.mark.parametrize("reason", OPEN)
+def test_only_what_anybody_can_make_again_is_closed(reason: str, tmp_path: Path) -> None:
+    """Two entries of the committed report; the teacher, which is best at smoothness, is changed in one respect."""
+    store = tmp_path / "records"
+    names = ["teacher", "self-forcing-s0"]
+    for name in names:
+        shutil.copytree(REPORTS / "records" / "toy" / name, store / "toy" / name)
+    paths = [store / "toy" / name / "toy-short.json" for name in names]
+    changed = paths[:1] if reason.partition(" ")[0] != "part" else paths  # two that differ would not stand in one table
+
+    def change(content: dict[str, Any]) -> None:
+        OPEN[reason](content["run"])
+        content["run"]["fingerprint"] = records.fingerprint(content["run"]["inputs"])
+
+    for path in changed:
+        altered(path, change)
+    board = leaderboard.read_runs(paths)
+    teacher, student = (board.cells[f"toy/{name}", "toy-short", "motion.motion_smoothness"] for name in names)
+    assert teacher.open == reason
+    assert teacher.best == (reason == "" or len(changed) == 2)
+    assert student.ranks == (None if reason and len(changed) == 1 else (2, 2))
+    text = tables.to_markdown(board, (), "", ())
+    assert ("Open entries" in text, "No entry is closed" in text) == (bool(reason) and len(changed) == 1, len(changed) == 2)
+    assert f"| {reason} |" in text or not reason
+    assert tables.to_latex(board).count("\\midrule") == 1 + (teacher.open != student.open)
 
 
 def test_records_are_read_as_runs_are_when_they_are_named(recorded: Path) -> None:

@@ -382,6 +382,7 @@ def test_a_claim_about_nobody_is_refused(change: dict[str, Any], sentence: str, 
 
 def test_a_study_without_any_run_says_what_to_do(root: Path) -> None:
     shutil.rmtree(root / "runs")
+    shutil.rmtree(root / "reports", ignore_errors=True)
     with pytest.raises(UserError, match=re.escape("rfbench reproduce study.yaml")):
         report.report([], study="study.yaml", out=root / "new")
     with pytest.raises(UserError, match="there are no runs"):

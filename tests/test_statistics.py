@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from rfbench import statistics
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, LEVEL, REPRODUCED, Interval, detectable, difference, mean, sample, student, verdict
@@ -290,3 +291,72 @@ def test_a_ratio_without_an_interval_says_why_and_one_that_is_none_is_refused() 
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="positive values"):
             statistics.ratio([[1.0]], [[value]])
+
+
+@pytest.mark.parametrize("freedom", [1, 1.3, 2, 5.5, 23, 945, 1e5])
+@pytest.mark.parametrize("t", [0.0, 0.3, -1.96, 4.0, 9.0])
+def test_tail_of_student_is_scipys(t: float, freedom: float) -> None:
+    assert statistics.beyond(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), rel=1e-3)
+
+
+def test_p_value_of_paired_clips_is_that_of_the_paired_t_test() -> None:
+    rng = np.random.default_rng(4)
+    one, other = rng.normal(size=(2, 40)) + np.array([[0.4], [0.0]])
+    theirs = stats.ttest_rel(one, other)
+    ours = difference(sample(one, range(40)), sample(other, range(40)))
+    assert ours.p() == pytest.approx(theirs.pvalue, rel=1e-3)
+    assert ours.p(0.2) == pytest.approx(stats.ttest_rel(one - 0.2, other).pvalue, rel=1e-3)
+    alike = difference(sample(one + 1, range(40)), sample(one, range(40)))
+    assert alike.p() == pytest.approx(stats.binomtest(40, 40).pvalue)
+
+
+def test_sign_test_is_scipys() -> None:
+    rng = np.random.default_rng(8)
+    for size in (6, 9, 30):
+        values = rng.normal(0.3, size=size)
+        assert statistics.sign_test(values.tolist()) == pytest.approx(stats.binomtest(int((values > 0).sum()), size).pvalue)
+    assert statistics.sign_test([0.0, 1.0, 1.0]) == pytest.approx(stats.binomtest(2, 2).pvalue)
+    found = statistics.ratio([[1.1 + 0.01 * k for k in range(9)]], [[1.0] * 9])
+    assert found.p() == pytest.approx(stats.binomtest(9, 9).pvalue)
+    assert found.p(1.14) == 1.0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_is_that_of_statsmodels_and_of_its_definition(p_values: list[float]) -> None:
+    adjusted = statistics.holm(p_values)
+    for level in (0.01, 0.05, 0.2):
+        kept, order = set(), sorted(range(len(p_values)), key=p_values.__getitem__)
+        for rank, place in enumerate(order):  # step down until one is not small enough
+            if p_values[place] * (len(p_values) - rank) > level:
+                break
+            kept.add(place)
+        assert {place for place, p in enumerate(adjusted) if p <= level} == kept
+    assert adjusted == pytest.approx(multipletests(p_values, method="holm")[1])
+
+
+def test_rank_intervals_hold_all_true_ranks_as_often_as_they_say() -> None:
+    """Ten systems in steps of a tenth of the noise per prompt, and in steps that cannot be missed."""
+    rng = np.random.default_rng(12)
+    for step, certain in ((0.1, False), (5.0, True)):
+        missed = 0
+        for _ in range(40):
+            prompts = rng.normal(size=30)
+            systems = [sample(prompts + rng.normal(size=30) * 0.5 - step * k, range(30)) for k in range(10)]
+            found = statistics.ranks(systems, higher_is_better=True)
+            missed += any(not low <= rank <= high for rank, (low, high) in enumerate(found, start=1))
+            if certain:
+                assert found == [(rank, rank) for rank in range(1, 11)]
+                assert statistics.ranks(systems, higher_is_better=False) == found[::-1]
+        assert missed <= 6  # of 40: more than that has a probability of 1 % where 5 % are allowed
+    alike = sample([1.0, 2.0, 3.0], range(3))
+    assert statistics.ranks([alike, alike, alike], higher_is_better=True) == [(1, 3)] * 3
+    assert statistics.ranks([alike], higher_is_better=True) == [(1, 1)]
+
+
+def test_detectable_difference_is_found_four_times_in_five() -> None:
+    rng = np.random.default_rng(2)
+    of = difference(sample(rng.normal(size=60), range(60)), sample(rng.normal(size=60), range(60)))
+    size = detectable(of)
+    assert size is not None
+    found = [statistics.beyond((size + of.error * stats.t.rvs(59, random_state=rng)) / of.error, 59) <= 0.05 for _ in range(2000)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)

@@ -9,7 +9,7 @@ from rfbench.records import Run
 from rfbench.report.claims import Finding
 from rfbench.report.leaderboard import INCOMPLETE, NOT_RUN, Board
 from rfbench.report.tables import difference_unit, finding_numbers, label, shown
-from rfbench.statistics import INCONCLUSIVE
+from rfbench.statistics import INCONCLUSIVE, LEVEL
 
 
 def runs_of(board: Board) -> list[Run]:
@@ -116,9 +116,11 @@ def limits(board: Board, findings: Sequence[Finding]) -> list[str]:
     found.append("Intervals speak for prompts like those of the suite and for these metrics, not for other prompts or for what people would prefer.")
     judged = [finding for finding in findings if finding.value is not None]
     if len(judged) > 1:
+        decided = [finding for finding in judged if finding.verdict != INCONCLUSIVE and finding.p_corrected is not None]
+        kept = sum(finding.p_corrected <= 1 - LEVEL for finding in decided if finding.p_corrected is not None)
         found.append(
-            f"{len(judged)} claims are judged one by one at 95 %, without correction for their number: "
-            f"with no true difference anywhere, about {0.05 * len(judged):.1f} of them would still get a verdict other than inconclusive."
+            f"{len(judged)} claims are judged one by one at 95 %: with no true difference anywhere, about {0.05 * len(judged):.1f} of them would "
+            f"still get a verdict other than inconclusive. Corrected for their number (Holm), {kept} of {len(decided)} such verdicts stay."
         )
     if any(finding.published is not None for finding in findings):
         found.append(

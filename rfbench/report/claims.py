@@ -34,6 +34,8 @@ class Finding:
     printed: tuple[Reported, Reported] | None = None  # the two numbers that it is the difference of
     detectable: float | None = None  # smallest true difference that this much data finds four times in five
     seeds: int = 0  # training seeds that carry it; 0 where nothing was trained
+    p: float | None = None  # two-sided, of a true improvement of exactly the margin
+    p_corrected: float | None = None  # the same by Holm, for all claims of the study that have one
 
 
 def judge(board: Board, study: Study) -> tuple[Finding, ...]:
@@ -42,7 +44,10 @@ def judge(board: Board, study: Study) -> tuple[Finding, ...]:
     Raises:
         UserError: a claim is about a contender, suite or metric that the study does not have.
     """
-    return tuple(_judge(board, study, claim) for claim in study.claims)
+    found = [_judge(board, study, claim) for claim in study.claims]
+    judged = [finding for finding in found if finding.p is not None]
+    corrected = dict(zip(map(id, judged), statistics.holm([finding.p for finding in judged if finding.p is not None]), strict=True))
+    return tuple(dataclasses.replace(finding, p_corrected=corrected.get(id(finding))) for finding in found)
 
 
 def _judge(board: Board, study: Study, claim: Claim) -> Finding:
@@ -78,6 +83,7 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     if low is not None and high is not None and sign < 0:
         low, high = -high, -low
     found = dataclasses.replace(found, value=sign * measured.value, low=low, high=high, detectable=statistics.detectable(measured))
+    found = dataclasses.replace(found, p=measured.p(sign * claim.margin))
     verdict = statistics.verdict(low, high, claim.margin)
     return dataclasses.replace(found, verdict=verdict, reason=_reason(found, verdict, measured.why, "the 95 % interval") + _caution(found.seeds))
 
@@ -101,7 +107,7 @@ def _judge_timing(found: Finding, better: Cell, than: Cell, sign: float) -> Find
     except ValueError as error:
         return dataclasses.replace(found, verdict=NOT_RUN, reason=f"the two cannot be compared: {error}; time them in turn, in one run")
     low, high = (None if end is None else _percent(end, 1) for end in (measured.low, measured.high))
-    found = dataclasses.replace(found, value=_percent(measured.value, 1), low=low, high=high)
+    found = dataclasses.replace(found, value=_percent(measured.value, 1), low=low, high=high, p=measured.p(1 + found.claim.margin / 100))
     verdict = statistics.verdict(low, high, found.claim.margin)
     started = f"{measured.processes} process{'es' * (measured.processes > 1)}"
     reason = _reason(found, verdict, measured.why, f"the 95 % interval over {measured.rounds} paired rounds of {started}")

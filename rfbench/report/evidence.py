@@ -22,7 +22,7 @@ from rfbench.report import record
 from rfbench.report.record import Record, is_record
 from rfbench.scorers.base import Metric, verify_video
 from rfbench.strict import build
-from rfbench.timing import Chunk, Key, Round
+from rfbench.timing import Chunk, Key
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Timed:
     weights_sha256: str
     columns: dict[str, dict[Key, float]]  # `profile.<metric>` -> value of each round
     streams: tuple[tuple[Chunk, ...], ...]  # of each round
-    rounds: tuple[Round, ...] = field(repr=False)  # of everybody who was timed with it
+    rounds: tuple[Mapping[str, Any], ...] = field(repr=False)  # of everybody who was timed with it, as they were written
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,8 @@ def read_timings(source: Path) -> dict[str, Timed]:
     rows = _rounds_file(source) if kept is None else "".join(records.canonical(row) + "\n" for row in kept.rounds).encode()
     if rows is None or run.result.get("rounds_sha256") != hashlib.sha256(rows).hexdigest():
         raise UserError(f"{directory}: rounds.jsonl is not what was written; {again}")
-    rounds = timing.read_rounds(directory) if kept is None else timing.as_rounds(kept.rounds, str(source))
+    plain: Sequence[Mapping[str, Any]] = records.read_rows(source / "rounds.jsonl", dict) if kept is None else kept.rounds
+    rounds = timing.as_rounds(plain, f"{source}/rounds.jsonl")
     names = declared(run, "contenders")
     asked = {(process, number) for process in range(declared(run, "processes")) for number in range(declared(run, "repeats"))}
     if sorted(asked) != sorted((each.process, each.number) for each in rounds):
@@ -274,7 +275,7 @@ def read_timings(source: Path) -> dict[str, Timed]:
     for name, columns in timing.values(rounds, run.name).items():
         streams = tuple(turn.stream for each in rounds for turn in each.turns if turn.contender == name)
         weights = str(names[name]["weights_sha256"])
-        found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams, tuple(rounds))
+        found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams, tuple(plain))
     return found | {name: found[other] for name, other in run.recorded.get("timed_as", {}).items()}
 
 

@@ -20,7 +20,7 @@ from rfbench.config import Contender, Study
 from rfbench.errors import UserError, did_you_mean
 from rfbench.published import Reported
 from rfbench.records import RANDOM
-from rfbench.report import evidence
+from rfbench.report import division, evidence
 from rfbench.report.evidence import Bench, Scores, Timed, Training
 from rfbench.scorers.base import Metric
 from rfbench.statistics import Interval, Sample
@@ -69,6 +69,8 @@ class Cell:
     saw: bool = False  # optimised in training
     best: bool = False
     tied: bool = False  # its paired difference from the best is not told from zero
+    ranks: tuple[int, int] | None = None  # best and worst that it may have in its column
+    open: str = ""  # why it does not stand with the closed entries; nothing: complete, clean commit, shipped suite, pinned weights
     sample: Sample | None = field(default=None, repr=False, compare=False)
     rounds: dict[Key, float] = field(default_factory=dict, repr=False, compare=False)  # of a timing: its value in each round
 
@@ -274,6 +276,8 @@ def _read(
         for machine in hardware:
             for metric in columns[machine]:
                 cells[row.name, machine, metric] = _timed(row, machine, metric, timings.get((row.name, machine), ()), problems)
+    for place, cell in cells.items():
+        cells[place] = dataclasses.replace(cell, open=division.why_open(cell, benches, timings))
     _rank(cells, metrics)
     columns |= {machine: tuple(metric for metric in columns[machine] if TIMINGS[metric.partition(".")[2]].headline) for machine in hardware}
     return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
@@ -421,15 +425,24 @@ def _timed(row: Row, machine: str, metric: str, timings: tuple[Timed, ...], prob
 
 
 def _rank(cells: dict[tuple[str, str, str], Cell], metrics: dict[str, Metric]) -> None:
-    """Mark the best number of each column, and those that cannot be told from it."""
+    """Mark the best number of each column, those that cannot be told from it, and the ranks that each may have.
+
+    Closed entries compete among themselves; where there is none, the open ones do.
+    """
     for column, metric in dict.fromkeys(place[1:] for place in cells):
         numbers = {place: cell for place, cell in cells.items() if place[1:] == (column, metric) and cell.value is not None}
+        numbers = {place: cell for place, cell in numbers.items() if not cell.open} or numbers
         if len(numbers) < 2:
             continue
-        sign = 1 if metrics[metric].higher_is_better else -1
-        leader = max(numbers, key=lambda place: sign * (numbers[place].value or 0.0))
+        higher = metrics[metric].higher_is_better
+        leader = max(numbers, key=lambda place: (1 if higher else -1) * (numbers[place].value or 0.0))
+        ranks: dict[tuple[str, str, str], tuple[int, int]] = {}
+        with contextlib.suppress(ValueError):  # not the same prompts: no ranks
+            samples = {place: cell.sample for place, cell in numbers.items() if cell.sample is not None}
+            ranks = dict(zip(samples, statistics.ranks(list(samples.values()), higher_is_better=higher), strict=True))
         for place, cell in numbers.items():
-            cells[place] = dataclasses.replace(cell, best=place == leader, tied=place != leader and _tied(numbers[leader], cell))
+            tied = place != leader and _tied(numbers[leader], cell)
+            cells[place] = dataclasses.replace(cell, best=place == leader, tied=tied, ranks=ranks.get(place))
 
 
 def _tied(leader: Cell, cell: Cell) -> bool:

@@ -121,9 +121,9 @@ def of_bench(run: Run, clips: Sequence[Clip], scored: Mapping[str, Mapping[str, 
     return found
 
 
-def of_profile(run: Run, rounds: Sequence[Any]) -> dict[str, Any]:
+def of_profile(run: Run, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The record of a profile run from its rounds."""
-    return {"schema": SCHEMA, "run": plain_run(run), "rounds": [dataclasses.asdict(each) for each in rounds]}
+    return {"schema": SCHEMA, "run": plain_run(run), "rounds": list(rounds)}
 
 
 def of_training(run: Run, steps: Sequence[int], columns: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def to_csv(board: Board) -> str:
         row |= {"higher_is_better": board.metrics[metric].higher_is_better, "unit": board.metrics[metric].unit, "state": cell.state}
         row |= {"value": cell.value, "low": cell.low, "high": cell.high, "interval": _kind(cell)}
         row |= {key: getattr(cell, key) if cell.state == NUMBER else None for key in ("clips", "prompts", "seeds", "repeats")}
+        row |= {"rank_low": cell.ranks[0] if cell.ranks else None, "rank_high": cell.ranks[1] if cell.ranks else None}
+        row |= {"division": "" if cell.state != NUMBER else f"open: {cell.open}" if cell.open else "closed"}
         row |= {"best": cell.best, "tied_with_best": cell.tied, "optimised_in_training": cell.saw}
         row |= {key: ";".join(_plain(source.get(key)) for source in cell.sources) for key in traced}
         rows.append(row | {"reason": cell.reason})
@@ -142,6 +144,7 @@ def claims_csv(findings: Sequence[Finding]) -> str:
         claim, pair = finding.claim, finding.printed
         row: dict[str, Any] = {key: getattr(claim, key) for key in ("id", "text", "metric", "suite", "better", "than", "margin")}
         row |= {"verdict": finding.verdict, "improvement": finding.value, "low": finding.low, "high": finding.high}
+        row |= {"p": finding.p, "p_holm": finding.p_corrected}
         row |= {"detectable": finding.detectable, "training_seeds": finding.seeds, "published_improvement": finding.published}
         row |= {f"published_{side}": pair[i].text if pair else None for i, side in enumerate(("better", "than"))}
         row["published_source"] = f"{pair[0].where}, {pair[0].table}" if pair else None
@@ -179,17 +182,30 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
                 f"**{finding.verdict}**",
                 in_markdown(finding.claim.text),
                 improvement(board, finding) or "–",
+                chance(finding.p_corrected) or "–",
+                would_find(board, finding) or "–",
                 published(finding) or "–",
                 in_markdown(finding.reason),
             ]
             for finding in findings
         ]
-        parts.append(markdown_table(["verdict", "claim", "improvement (95 %)", "published", "because"], rows))
+        head = ["verdict", "claim", "improvement (95 %)", "p, corrected", "would find", "published", "because"]
+        parts.append(markdown_table(head, rows))
+        parts.append(
+            "p: two-sided, of an improvement of exactly the margin, by Holm's correction for all these claims together. "
+            "Would find: the true difference that as much data tells from none four times in five.\n"
+        )
     for column in (*board.suites, *board.hardware):
         timed = column in board.hardware
         parts.append(f"## {'Speed on ' if timed else ''}{in_markdown(column)}\n")
         head = ["contender"] + [f"{label(metric)} {arrow(board.metrics[metric])}" for metric in board.columns[column]]
-        parts.append(markdown_table(head, [[in_markdown(row.name), *_markdown_cells(board, row.name, column)] for row in board.rows]))
+        ranked, apart = divided(board, column)
+        if ranked:
+            parts.append(markdown_table(head, [[in_markdown(name), *_markdown_cells(board, name, column)] for name in ranked]))
+        if apart:
+            parts.append("Open entries, which take no part in the ranking above:\n" if ranked else "No entry is closed:\n")
+            rows = [[in_markdown(name), *_markdown_cells(board, name, column), in_markdown(why)] for name, why in apart.items()]
+            parts.append(markdown_table([*head, "open because"], rows))
         bracket = (
             "range over rounds, or over processes where there are several"
             if timed
@@ -199,6 +215,30 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.{caveats}\n")
     parts.append("## Again\n\n```\n" + "\n".join(commands) + "\n```\n")
     return "\n".join(parts)
+
+
+def divided(board: Board, column: str) -> tuple[list[str], dict[str, str]]:
+    """The rows of a column that are closed or have no number there, and the open ones with the reason; if none is closed, all are the latter."""
+    cells_of = {row.name: [board.cells[row.name, column, metric] for metric in board.columns[column]] for row in board.rows}
+    why = {name: [cell for cell in cells if cell.state == NUMBER] for name, cells in cells_of.items()}
+    apart = {name: next((cell.open for cell in cells if cell.open), "") for name, cells in why.items()}
+    apart = {name: reason for name, reason in apart.items() if reason}
+    if not any(cells and name not in apart for name, cells in why.items()) and apart:
+        return [], {row.name: apart.get(row.name, "") for row in board.rows}
+    return [row.name for row in board.rows if row.name not in apart], apart
+
+
+def chance(p: float | None) -> str:
+    """A p-value as it is printed."""
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def would_find(board: Board, finding: Finding) -> str:
+    """The smallest true difference that a claim's data finds four times in five, or nothing."""
+    if finding.detectable is None:
+        return ""
+    scale, places = finding_numbers(board, finding)
+    return f"{shown(finding.detectable * scale, places)} {difference_unit(board, finding)}"
 
 
 def _markdown_cells(board: Board, row: str, column: str) -> list[str]:
@@ -237,13 +277,17 @@ def to_latex(board: Board) -> str:
         metrics = board.columns[column]
         timed = column in board.hardware
         head = " & ".join(in_latex(f"{label(metric)} {arrow(board.metrics[metric])}") for metric in metrics)
+        ranked, apart = divided(board, column)
         what = "median and range over rounds" if timed else "mean over clips and 95\\,\\% bootstrap interval clustered by prompt"
+        below = (" Below the line: open entries, not ranked." if ranked else " All entries are open.") if apart else ""
         lines = [
             "\\begin{table}[t]\n\\centering\n\\small",
-            f"\\caption{{{in_latex(board.title)}, {in_latex(column)}: {what}. Bold: best. $\\dagger$: optimised in training.}}",
+            f"\\caption{{{in_latex(board.title)}, {in_latex(column)}: {what}. Bold: best. $\\dagger$: optimised in training.{below}}}",
             f"\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule",
             f"contender & {head} \\\\\n\\midrule",
-            *(f"{in_latex(row.name)} & {_latex_cells(board, row.name, column)} \\\\" for row in board.rows),
+            *(f"{in_latex(name)} & {_latex_cells(board, name, column)} \\\\" for name in ranked),
+            *(["\\midrule"] if ranked and apart else []),
+            *(f"{in_latex(name)} & {_latex_cells(board, name, column)} \\\\" for name in apart),
             "\\bottomrule\n\\end{tabular}\n\\end{table}\n",
         ]
         parts.append("\n".join(lines))
