@@ -31,10 +31,23 @@ class PathsCfg:
 
 
 @dataclass(frozen=True)
+class JudgeCfg:
+    """The vision-language model that scorer `judge` asks; the key of its server is in the environment, RFBENCH_JUDGE_KEY."""
+
+    model: str = ""  # as the server calls it; without a server a folder that transformers can load, or its name in the weights directory
+    server: str | None = None  # base address of an OpenAI-compatible server
+    parallel: int = 4  # clips that a server is asked about at a time
+    timeout: float = 300.0  # seconds
+    price_in: float = 0.0  # of a million tokens, in whatever currency
+    price_out: float = 0.0
+
+
+@dataclass(frozen=True)
 class SettingsFile:
     """What rfbench.toml says."""
 
     paths: PathsCfg = PathsCfg()
+    judge: JudgeCfg = JudgeCfg()
     hardware: dict[str, Hardware] = field(default_factory=dict)
 
 
@@ -46,6 +59,7 @@ class Settings:
     weights: Path  # weights that are too large to ship
     reports: Path
     envs: Path  # interpreters of their own, that `rfbench env` builds
+    judge: JudgeCfg
     hardware: dict[str, Hardware]
 
     def hardware_name(self, device: str) -> str:
@@ -89,4 +103,4 @@ def settings() -> Settings:
     home = path.parent if path else Path.cwd()
     paths = found.paths
     runs, weights, reports, envs = (home / Path(folder).expanduser() for folder in (paths.runs, paths.weights, paths.reports, paths.envs))
-    return Settings(runs, weights, reports, envs, found.hardware)
+    return Settings(runs, weights, reports, envs, found.judge, found.hardware)

@@ -28,6 +28,7 @@ SCORERS = {
     "appearance": "rfbench.scorers.appearance:SCORER",
     "flow": "rfbench.scorers.flow:SCORER",
     "reference": "rfbench.scorers.reference:SCORER",
+    "judge": "rfbench.scorers.judge:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
     "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
     "vbench": "rfbench.scorers.vbench:SCORER",
