@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from rfbench import config
-from rfbench.config import Baseline, Recipe, Study
+from rfbench.config import Baseline, External, Recipe, Study
 from rfbench.errors import UserError, did_you_mean
 from rfbench.settings import settings
 
@@ -65,7 +65,12 @@ RecipeName = Annotated[
 Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
 BaselineName = Annotated[
     str,
-    typer.Argument(metavar="BASELINE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Baseline)), show_default=False),
+    typer.Argument(
+        metavar="BASELINE",
+        help="Name or YAML file.",
+        autocompletion=_completes(lambda: [*config.names_of(Baseline), *config.names_of(External)]),
+        show_default=False,
+    ),
 ]
 
 
@@ -276,7 +281,7 @@ def fetch(
         typer.Argument(
             metavar="BASELINE|SCORER",
             help="Name or YAML file.",
-            autocompletion=_completes(lambda: [*config.names_of(Baseline), *_scorers()]),
+            autocompletion=_completes(lambda: [*config.names_of(Baseline), *config.names_of(External), *_scorers()]),
             show_default=False,
         ),
     ],
@@ -290,7 +295,8 @@ def fetch(
     """Weights of a baseline and what its backbone needs, or those of a scorer; sizes and licences are shown first."""
     from rfbench import fetch as verb
 
-    items = verb.items_of_scorer(name) if name in _scorers() else verb.items_of(config.load(Baseline, name))
+    kind: Any = External if config.is_external(name) else Baseline
+    items = verb.items_of_scorer(name) if name in _scorers() else verb.items_of(config.load(kind, name))
     paths = [str(path) for path in verb.fetch(items, mirror=mirror, yes=yes, dry_run=dry_run)]
     for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
         print(line)

@@ -203,6 +203,43 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class External:
+    """A contender that its authors' code runs, in an environment of its own and by its own protocol: it says which."""
+
+    title: str
+    env: str  # of `rfbench env`
+    runner: str  # a file of rfbench/runners
+    weights: WeightsCfg
+    license: License
+    height: int  # pixels
+    width: int
+    fps: int
+    frames: int  # of its clip, for every suite that is no longer than `rfbench.external.SHORT_S`
+    steps: tuple[int, ...]  # of its sampler, as its authors count them
+    longer: int | None = None  # frames that a longer clip has more, or a multiple of them; null: there is no longer clip
+    most: int | None = None  # frames of the longest clip
+    suffix: str = ""  # what its code appends to every prompt
+    settings: dict[str, Any] = field(default_factory=dict)  # for the runner, by the names of the authors' code
+    parts: dict[str, WeightsCfg] = field(default_factory=dict)  # other weights that the runner loads
+    startup_s: float = 1800.0  # limit for loading
+    clip_s: float = 3600.0  # limit for a clip
+    paper: str | None = None
+    code: str | None = None
+    saw: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.longer is None) != (self.most is None):
+            raise UserError("a longer clip needs 'longer' and 'most'; give both, or neither")
+
+    @property
+    def protocol(self) -> str:
+        """Its own protocol, for people."""
+        steps = "+".join(map(str, self.steps))
+        suffix = f"; its code appends '{self.suffix}' to every prompt" if self.suffix else ""
+        return f"own protocol: {self.width}x{self.height}, {self.frames} frames at {self.fps} per second, {steps} steps{suffix}"
+
+
+@dataclass(frozen=True)
 class ScoreCfg:
     """The two score models of distribution matching (DMD) and how they are compared."""
 
@@ -336,14 +373,15 @@ class Study:
 
 
 Noun = TypeVar("Noun")
-FOLDERS: dict[type, str] = {Recipe: "recipes", Baseline: "baselines", Study: "recipes/studies"}
+FOLDERS: dict[type, str] = {Recipe: "recipes", Baseline: "baselines", External: "baselines", Study: "recipes/studies"}
+INSIDE = {Recipe: "studies/", Baseline: "external/", External: "external/"}  # names in a folder that are another noun's; or External's own
 
 
 def names_of(kind: type) -> dict[str, Path]:
     """Name -> file of every recipe, baseline or study that ships beside the package."""
     folder = HOME / FOLDERS[kind]
     found = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    return {name: path for name, path in found.items() if kind is not Recipe or not name.startswith("studies/")}
+    return {name: path for name, path in found.items() if kind is Study or name.startswith(INSIDE[kind]) == (kind is External)}
 
 
 def name_of(name_or_path: str) -> str:
@@ -364,7 +402,9 @@ def whole_name(kind: type, name: str) -> str:
         return name
     ending = [whole for whole in known if whole.endswith(f"/{name}")]
     if not ending:
-        raise UserError(f"there is no {kind.__name__.lower()} '{name}'{did_you_mean(name, known)}")
+        raise UserError(
+            f"there is no {kind.__name__.lower()} '{name}'{did_you_mean(name, [*known, *(names_of(External) if kind is Baseline else ())])}"
+        )
     if len(ending) > 1:
         raise UserError(f"{kind.__name__.lower()} '{name}' can be {' or '.join(ending)}; write the whole name")
     return ending[0]
@@ -390,3 +430,16 @@ def load(kind: type[Noun], name: str, overrides: Sequence[str] | Mapping[str, An
         UserError: unknown name, unknown key, wrong type, or a setting that would not be used; says where and what to do.
     """
     return build(kind, load_plain(find(kind, name), overrides, kind), where=name)
+
+
+def is_external(name: str) -> bool:
+    """Whether a baseline's name or path is that of a system that its authors' code runs."""
+    if name.endswith((".yaml", ".yml")):
+        return "runner" in load_plain(find(External, name), (), External)
+    return any(known == name or known.endswith(f"/{name}") for known in names_of(External)) and name not in names_of(Baseline)
+
+
+def told(plain: Any, *, where: str) -> Baseline | External:
+    """A baseline of either kind from plain data."""
+    found: Baseline | External = build(External if isinstance(plain, dict) and "runner" in plain else Baseline, plain, where=where)
+    return found

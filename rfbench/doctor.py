@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfbench import config, envs, provenance
-from rfbench.config import Baseline
+from rfbench.config import Baseline, External
 from rfbench.errors import UserError
 from rfbench.records import atomic
 from rfbench.settings import HOME, settings, settings_file
@@ -143,13 +143,18 @@ def _scorers() -> Iterator[Check]:
 
 
 def _baselines() -> Iterator[Check]:
-    from rfbench import weights
+    from rfbench import external, weights
 
     def found(name: str) -> str:
         path = weights.resolve(config.load(Baseline, name).weights, config.find(Baseline, name))
         return f"{sum(file.stat().st_size for file in weights.files_of(path)) / 2**20:.1f} MiB of weights"
 
+    def prepared(name: str) -> str:
+        ready = external.prepare(name)
+        return f"environment {ready.cfg.env}, weights {ready.sha256['weights'][:10]}"
+
     yield from _each("baseline", list(config.names_of(Baseline)), found)
+    yield from _each("baseline", list(config.names_of(External)), prepared)
 
 
 def _environments() -> Iterator[Check]:

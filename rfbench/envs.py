@@ -60,7 +60,9 @@ class Environment:
     python: str  # "3.11"
     check: str  # as of an option
     torch: str | None = None  # version; without a GPU its CPU build
+    index: str | None = None  # a further package index
     packages: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()  # requirements that are built against what is installed by then, as flash-attn against torch
     sources: tuple[Source, ...] = ()
     options: dict[str, Option] = field(default_factory=dict)
 
@@ -237,7 +239,9 @@ def _base_steps(cfg: Environment, directory: Path, base: Path | None, pins: Path
         )
     packages = [*([f"torch=={cfg.torch}"] if cfg.torch is not None else []), *cfg.packages]
     if packages:
-        yield Step("packages", ((*install, *packages),))
+        yield Step("packages", ((*install, *(["--extra-index-url", cfg.index] if cfg.index else []), *packages),))
+    if cfg.compiled:
+        yield Step("packages that are compiled", (_pip(directory, "--no-build-isolation", *cfg.compiled),))
     yield from _part_steps(cfg, directory, installed=True)
 
 

@@ -28,10 +28,10 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from rfbench import weights
-from rfbench.config import Baseline, WeightsCfg
+from rfbench.config import Baseline, External, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
-from rfbench.records import atomic, sha256_of
+from rfbench.records import atomic, sha256_of, write_json
 from rfbench.settings import settings
 
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -41,7 +41,8 @@ Told = tuple[str, int | None, str]  # by the hub of a file: path, size, ETag
 
 @dataclass(frozen=True)
 class Item:
-    """A file of a Hugging Face repository; or several, by a pattern (`model-*.safetensors`) or as a folder of safetensors files."""
+    """A file of a Hugging Face repository; or several, by a pattern (`model-*.safetensors`), as a folder of safetensors files, or as all
+    that a folder holds (`folder/**`)."""
 
     repo: str  # <owner>/<name>
     file: str
@@ -60,6 +61,11 @@ class Item:
     def several(self) -> bool:
         """Whether it is a pattern or a folder."""
         return "*" in self.file or not PurePosixPath(self.file).suffix
+
+    @property
+    def tree(self) -> bool:
+        """Whether it is all that a folder holds."""
+        return PurePosixPath(self.file).name == "**"
 
     @property
     def path(self) -> Path:
@@ -94,11 +100,13 @@ class Source:
         return (self.size or 0) - (self.part.stat().st_size if self.part.exists() else 0)
 
 
-def items_of(cfg: Baseline) -> list[Item]:
+def items_of(cfg: Baseline | External) -> list[Item]:
     """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and the parts of its backbone."""
     from rfbench.backbones.base import open_backbone
 
     own = cfg.weights
+    if isinstance(cfg, External):
+        return _items(cfg.license.weights, own, *cfg.parts.values())
     adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
     parts = open_backbone(cfg.backbone, decoder=cfg.decoder).parts()
     return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
@@ -144,10 +152,21 @@ def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = Fals
             _ask()
         for source in todo:
             _bring(source)
+    if not dry_run:
         for item in items:
+            if item.tree:
+                _list(item, sources)
             if item.several and not right(settings().weights / item.repo, item):
                 raise UserError(f"{item.path}: each file is whole, but together they are not what is asked for: other size or sha256", code=1)
     return [item.path for item in items]
+
+
+def _list(item: Item, sources: Sequence[Source]) -> None:
+    """Write down what a folder consists of, now that it is all there."""
+    folder = item.path.parent
+    paths = sorted(source.item.path for source in sources if source.item.repo == item.repo)
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
+    write_json(folder / weights.WHOLE, names)
 
 
 def right(root: Path, item: Item) -> list[Path]:
@@ -177,7 +196,7 @@ def find(item: Item, mirror: Path | None) -> list[Source]:
             why = "is not the one that is asked for: wrong size or sha256" if (mirror / item.repo / item.file).exists() else "is not there"
             raise UserError(f"mirror: {mirror / item.repo / item.file} {why}; put the right one there or leave out --mirror", code=1)
         return found
-    return _in_cache(item) or _on_hub(item)
+    return ([] if item.tree else _in_cache(item)) or _on_hub(item)  # a folder in the cache may be a part of it
 
 
 def _single(item: Item, root: Path, file: Path) -> Item:
@@ -185,6 +204,10 @@ def _single(item: Item, root: Path, file: Path) -> Item:
 
 
 def _local(root: Path, item: Item, origin: str) -> list[Source]:
+    if item.tree:
+        folder = (root / item.file).parent
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != weights.WHOLE)
+        return [Source(_single(item, root, file), file.stat().st_size, origin, local=file.resolve()) for file in files]
     files = right(root, item)
     if item.several and files:
         files = [*sorted(files[0].parent.glob(INDEX)), *files]
@@ -234,6 +257,8 @@ def _on_hub(item: Item) -> list[Source]:
 def _matching(item: Item, told: list[Told]) -> list[Told]:
     """The files of a repository that `weights.files_of` would take for a pattern or a folder; before them their index, which says what is missing."""
     asked = PurePosixPath(item.file)
+    if item.tree:
+        return [entry for entry in told if PurePosixPath(entry[0]).is_relative_to(asked.parent)]
     folders, pattern = ([asked.parent], asked.name) if "*" in asked.name else ([asked / "transformer", asked], "*.safetensors")
     for folder in folders:
         inside = [(PurePosixPath(entry[0]).name, entry) for entry in told if PurePosixPath(entry[0]).parent == folder]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rfbench import attention, baselines, provenance, records, sampler, strict, suites, video
+from rfbench import attention, baselines, config, envs, external, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import TEMPORAL, Backbone, pixel_frames
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
@@ -57,12 +57,13 @@ def generate(
         UserError: the baseline, the suite or one of its prompts cannot be used; the directory holds another run; the disk
             is full (code 1).
     """
-    ready = baselines.prepare(baseline, overrides, name=name, random_weights=random_weights, reduced=True)
-    if random_weights:
-        ready = dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}")
+    ready = _prepare(baseline, overrides, name, random_weights)
     asked = suites.load_suite(suite, limit)
-    frames = asked.frames_at(ready.fps)
-    latents = ready.latents(frames, f"suite '{asked.name}'")
+    if isinstance(ready, external.Ready):
+        frames = external.frames_of(ready.cfg, asked, ready.name)
+    else:
+        frames = asked.frames_at(ready.fps)
+        latents = ready.latents(frames, f"suite '{asked.name}'")
     items = asked.items
     mine = items if shard is None else suites.shard(items, shard)
     directory = settings().runs / "bench" / ready.name / asked.name
@@ -70,9 +71,9 @@ def generate(
     if dry_run:
         say(f"{len(mine)} clips of {frames} frames, {len(records.read_clips(directory))} rows are there")
         return directory
-    opened = functools.cache(lambda: _open(ready, asked))
-    if fresh or not _is_done(directory, inputs):
-        opened()  # what is wrong with a prompt must come out before there is a directory
+    opened = functools.cache(lambda native: _open(native, asked))
+    if isinstance(ready, Prepared) and (fresh or not _is_done(directory, inputs)):
+        opened(ready)  # what is wrong with a prompt must come out before there is a directory
     rows = directory / (f"clips.{shard.replace('/', 'of')}.jsonl" if shard else "clips.jsonl")
     writer = shard and rows.name.split(".")[1]
     with provenance.session(directory, "generate", f"{ready.name}/{asked.name}", inputs, fresh=fresh, writer=writer) as run:
@@ -85,17 +86,52 @@ def generate(
             if random_weights:
                 run.record(weights=RANDOM)
                 say("weights: random; what is made of them means nothing")
-            run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel())
             todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
-                for batch in _batches(opened(), ready.cfg.sampler, latents, todo):
-                    for clip in _make(opened(), ready.cfg.sampler, asked, batch, latents, directory):
-                        append(clip)
-                    progress.advance(len(batch))
+                if isinstance(ready, external.Ready):
+                    run.record(environment=strict.as_plain(envs.found(ready.cfg.env)), protocol=ready.cfg.protocol)
+                    for clips in external.make(ready, asked, todo, directory, writer or "alone"):
+                        for clip in clips:
+                            append(clip)
+                        progress.advance()
+                else:
+                    run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel())
+                    for batch in _batches(opened(ready), ready.cfg.sampler, latents, todo):
+                        for clip in _make(opened(ready), ready.cfg.sampler, asked, batch, latents, directory):
+                            append(clip)
+                        progress.advance(len(batch))
             made = _intact(directory, rows, alone=shard is None)
+            if isinstance(ready, external.Ready):
+                _refuse_failed(directory, writer or "alone", len(mine))
+                run.result["times"] = external.summary(external.times(directory))
             run.complete = len(made) == len(items)
             run.result["clips"] = len(made)
     return directory
+
+
+def _prepare(baseline: str, overrides: Sequence[str], name: str | None, random_weights: bool) -> Prepared | external.Ready:
+    """A baseline of either kind.
+
+    Raises:
+        UserError: it cannot be used, or has no random weights because its authors' code loads them.
+    """
+    if config.is_external(baseline):
+        if random_weights:
+            raise UserError(f"--random-weights: '{baseline}' is run by its authors' code, which loads its weights; leave it out")
+        return external.prepare(baseline, overrides, name=name)
+    ready = baselines.prepare(baseline, overrides, name=name, random_weights=random_weights, reduced=True)
+    return dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}") if random_weights else ready
+
+
+def _refuse_failed(directory: Path, writer: str, mine: int) -> None:
+    """Fail, once everything was tried, if some clips could not be made: a table over the others would be about another suite."""
+    failed = records.read_rows(directory / f"failed.{writer}.jsonl", external.Failed)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); {directory / f'failed.{writer}.jsonl'} "
+            "has their logs, and the same command tries them again",
+            code=1,
+        )
 
 
 def sample(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import config, envs, published, suites
-from rfbench.config import Baseline, Recipe, Study
+from rfbench.config import Baseline, External, Recipe, Study
 from rfbench.errors import UserError
 from rfbench.registry import pick
 from rfbench.settings import settings
@@ -34,8 +34,18 @@ def baselines() -> list[Row]:
             "licence": baseline.license.weights,
         }
 
+    def elsewhere(cfg: External) -> Row:
+        return {
+            "title": cfg.title,
+            "paper": cfg.paper,
+            "backbone": f"its authors' code, in {cfg.env}",
+            "weights": cfg.weights.repo,
+            "licence": cfg.license.weights,
+        }
+
     trained = sorted(settings().runs.glob("train/**/baseline.yaml"))
-    return [_loaded(Baseline, name, row) for name in (*_names(Baseline), *map(_from_here, trained))]
+    rows = [_loaded(Baseline, name, row) for name in (*_names(Baseline), *map(_from_here, trained))]
+    return [*rows, *(_loaded(External, name, elsewhere) for name in _names(External))]
 
 
 def studies() -> list[Row]:

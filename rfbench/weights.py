@@ -35,6 +35,7 @@ RUN = "run:"  # WeightsCfg.file "run:NAME" is what the training run NAME ended w
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGE = 64 * 2**20  # bytes; the hash of a smaller file takes no longer than looking it up
 HASHES = ".sha256.json"  # in the weights directory: path -> [size, time of modification, sha256]
+WHOLE = ".whole.json"  # in a folder that is taken as it is ("folder/**"): the files that it consists of
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
@@ -51,7 +52,7 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
             raise UserError(f"weights '{cfg.file}': training run '{name}' has not finished; run `rfbench train` for it first")
     else:
         places = [beside.parent / cfg.file, stored(cfg) / cfg.file]
-        found = [place for place in places if place.exists() or ("*" in place.name and any(place.parent.glob(place.name)))]
+        found = [place for place in places if _exists(place)]
         if not found:
             source = "" if cfg.repo is None else f"; `rfbench fetch` brings it from https://huggingface.co/{cfg.repo}/tree/{cfg.revision or 'main'}"
             raise UserError(f"weights '{cfg.file}', named by {beside.name}, are neither beside that file nor in {stored(cfg)}{source}")
@@ -63,6 +64,13 @@ def resolve(cfg: WeightsCfg, beside: Path) -> Path:
             raise UserError(f"adapter '{cfg.lora.file}', named by {beside.name}, is not at {adapter}; it comes with '{cfg.file}'")
         _check(adapter, [adapter], cfg.lora, beside)
     return path
+
+
+def _exists(place: Path) -> bool:
+    """Whether there is something of a checkpoint, whole or not."""
+    if place.name == "**":
+        return (place.parent / WHOLE).is_file()
+    return place.exists() or ("*" in place.name and any(place.parent.glob(place.name)))
 
 
 def stored(cfg: WeightsCfg) -> Path:
@@ -80,7 +88,7 @@ def adapter_of(path: Path, cfg: WeightsCfg) -> Path:
 def files_of(path: Path) -> list[Path]:
     """The files of a checkpoint: itself; those of a folder or of a pattern; those that an index beside them names.
 
-    A folder of diffusers' may be the pipeline's or its `transformer`.
+    A folder of diffusers' may be the pipeline's or its `transformer`. `folder/**` is all that was fetched of it, for somebody else to load.
 
     Raises:
         UserError: there is none, or a shard is missing.
@@ -90,6 +98,8 @@ def files_of(path: Path) -> list[Path]:
         path = (inner if inner.is_dir() else path) / "*.safetensors"
     if "*" not in path.name:
         return [path]
+    if path.name == "**":
+        return _whole(path.parent)
     found = sorted(path.parent.glob(path.name))
     if not found:
         raise UserError(f"{path.parent} is not a readable checkpoint (it has no {path.name}); fetch it again")
@@ -102,6 +112,17 @@ def files_of(path: Path) -> list[Path]:
     if missing := sorted(wanted - set(found)):
         raise UserError(f"{path.parent} lacks {len(missing)} of the {len(wanted)} files of its checkpoint, first '{missing[0].name}'; fetch it again")
     return found
+
+
+def _whole(folder: Path) -> list[Path]:
+    """All files of a folder, as `fetch` listed them when the last one was there."""
+    listing = folder / WHOLE
+    if not listing.is_file():
+        raise UserError(f"{folder} is not there as a whole; fetch it again")
+    files = [folder / name for name in records.read_json(listing)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"{folder} lacks {len(missing)} of its {len(files)} files, first '{missing[0].relative_to(folder)}'; fetch it again")
+    return files
 
 
 def _index(path: Path) -> set[str]:

@@ -216,7 +216,7 @@ def test_a_broken_file_does_not_hide_the_others(capsys, folders):
     made.write_text("titel: x\n")
     rows = json.loads(call(capsys, "list", "baselines", "--json")[1])
     assert next(row for row in rows if row["name"] == str(made))["title"].startswith("not usable: ")
-    assert len(rows) == 1 + len(config.names_of(config.Baseline))
+    assert len(rows) == 1 + len(config.names_of(config.Baseline)) + len(config.names_of(config.External))
 
 
 def test_the_doctor_says_what_is_wrong_and_what_to_do(capsys, folders):

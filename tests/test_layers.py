@@ -21,7 +21,7 @@ LAYERS = [
         *("vbench", "published", "envs", "processes"),
     },
     {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
-    {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive"},
+    {"sampler", "rolling", "forcing", "rollouts", "backbones", "reward", "videoreward", "baselines", "checkpointing", "naive", "external"},
     {"methods", "scorers", "timing", "recipes"},
     {"pairs", "stopwatch", "ladder"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},

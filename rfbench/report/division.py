@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rfbench import suites
+from rfbench.config import External
 from rfbench.errors import UserError
 from rfbench.records import IMPORTED, RANDOM, Run
 from rfbench.report.evidence import Bench, Timed
@@ -42,9 +43,13 @@ def _weights(bench: Bench) -> str:
         return "random weights"
     if bench.weights_sha256 == IMPORTED:
         return "videos made elsewhere"
-    if bench.baseline.decoder == "tiny":
+    told = bench.baseline
+    if isinstance(told, External):
+        pinned = all(part.sha256 is not None for part in (told.weights, *told.parts.values()))
+    elif told.decoder == "tiny":
         return "an approximate decoder"
-    pinned = bench.baseline.weights.sha256 is not None or "fingerprint" in bench.baseline.trained_by
+    else:
+        pinned = told.weights.sha256 is not None or "fingerprint" in told.trained_by
     return "" if pinned else "weights whose hash is not declared"
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rfbench import records, timing
-from rfbench.config import Baseline
+from rfbench import config, records, timing
+from rfbench.config import Baseline, External
 from rfbench.errors import UserError
 from rfbench.records import Clip, Run, Score
 from rfbench.report import record
@@ -31,7 +31,7 @@ class Bench:
 
     directory: Path  # or the record's file
     run: Run
-    baseline: Baseline
+    baseline: Baseline | External
     clips: tuple[Clip, ...]
     suite: str
     suite_sha256: str
@@ -121,7 +121,7 @@ def read_bench(source: Path) -> Bench:
     told = run.recorded.get("baseline")
     if isinstance(told, dict):
         told = {key: value for key, value in told.items() if key != "reported"}  # older runs keep there what `published` says now
-    baseline = build(Baseline, told, where=f"{source}/run.json, recorded.baseline")
+    baseline = config.told(told, where=f"{source}/run.json, recorded.baseline")
     suite = declared(run, "suite")
     clips = list(kept.clips) if kept else records.read_clips(source)
     wanted = sum(prompt.get("samples") or suite["samples"] for prompt in suite["prompts"]) if {"prompts", "samples"} <= suite.keys() else len(clips)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import config, published, records, statistics, timing
-from rfbench.config import Contender, Study
+from rfbench.config import Contender, External, Study
 from rfbench.errors import UserError, did_you_mean
 from rfbench.published import Reported
 from rfbench.records import RANDOM
@@ -289,7 +289,9 @@ def _described(row: Row, benches: Sequence[Bench]) -> Row:
         return row
     first = benches[0].baseline
     caveats = [RANDOM_WEIGHTS] if any(bench.weights_sha256 == RANDOM for bench in benches) else []
-    caveats += [TINY_DECODER] if any(bench.baseline.decoder == "tiny" for bench in benches) else []
+    if isinstance(first, External):
+        return dataclasses.replace(row, title=first.title, saw=first.saw, caveats=(*caveats, first.protocol))
+    caveats += [TINY_DECODER] if any(getattr(bench.baseline, "decoder", None) == "tiny" for bench in benches) else []
     seeds = row.seeds or ((int(first.trained_by["seed"]),) if "seed" in first.trained_by else ())
     return dataclasses.replace(row, title=first.title, saw=first.saw, seeds=seeds, caveats=tuple(caveats))
 
