@@ -167,8 +167,8 @@ def sample(
 @app.command("eval")
 def evaluate(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=_completes(_runs), show_default=False)
-    ],
+        str | None, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=_completes(_runs), show_default=False)
+    ] = None,
     scorer: Annotated[
         list[str] | None,
         typer.Option(
@@ -184,13 +184,22 @@ def evaluate(
         typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=_completes(_runs), show_default=False),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
+    check_setup: Annotated[bool, typer.Option("--check-setup", help="Try the scorers, or those named, on two tiny clips.")] = False,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Score the clips of a run."""
+    names = [name.strip() for text in scorer or [] for name in text.split(",")]
+    if check_setup:
+        if run is not None or against is not None or partial or fresh:
+            raise UserError("--check-setup makes its own clips: give it no run and nothing else but -s")
+        from rfbench import rehearsal
+
+        return _print_checks(rehearsal.rehearse(names), as_json, strictly=bool(names))
+    if run is None:
+        raise UserError("say which run to score: rfbench eval <baseline>/<suite>, or its directory")
     from rfbench import evaluate as verb
 
-    names = [name.strip() for text in scorer or [] for name in text.split(",")]
     _print_path(verb.evaluate(_run(run), names, against=None if against is None else _run(against), partial=partial, fresh=fresh), as_json)
 
 
@@ -338,14 +347,7 @@ def doctor(as_json: Json = False) -> None:
     """What this machine can run, and the fix for what it can't."""
     from rfbench import doctor as verb
 
-    checks = verb.examine()
-    if as_json:
-        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
-    else:
-        rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
-        _print_table(rows, title="", as_json=False)
-    if any(check.state == "broken" for check in checks):
-        raise typer.Exit(1)
+    _print_checks(verb.examine(), as_json)
 
 
 @app.callback(invoke_without_command=True)
@@ -400,6 +402,17 @@ def _shown(path: Path) -> str:
     """A path relative to here if it lies below."""
     here = Path.cwd()
     return str(path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path)
+
+
+def _print_checks(checks: Sequence[Any], as_json: bool, *, strictly: bool = False) -> None:
+    """A row per check, and exit 1 if something is broken, or `strictly` if anything is not there."""
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+    else:
+        rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
+        _print_table(rows, title="", as_json=False)
+    if any(check.state == "broken" or (strictly and check.state != "ok") for check in checks):
+        raise typer.Exit(1)
 
 
 def _print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:

@@ -151,7 +151,9 @@ def test_answers_tokens_and_cost_are_kept(run, server, tmp_path, monkeypatch, ca
     assert {(one.clip, one.model, one.answer, one.tokens_in, one.tokens_out) for one in exchanges(run)} == {
         (clip, "tiny-vl-0", text, 700, 20) for clip in ("0000-0", "0001-0")
     }
-    assert "judge: 2 answers, 1400 tokens in and 40 out, cost 1.8000" in capsys.readouterr().err  # 1.4 + 0.4
+    used = {"answers": 2, "tokens_in": 1400, "tokens_out": 40, "uncounted": 0, "cost": 1.8}  # 1.4 + 0.4
+    assert note_of(run)["summary"] == used
+    assert "answers 2, tokens_in 1400, tokens_out 40, uncounted 0, cost 1.8" in capsys.readouterr().err
 
 
 def test_the_key_comes_from_the_environment_and_goes_into_no_file(run, server, monkeypatch):
@@ -161,10 +163,10 @@ def test_the_key_comes_from_the_environment_and_goes_into_no_file(run, server, m
     assert not [path for path in run.rglob("*") if path.is_file() and b"a-secret" in path.read_bytes()]
 
 
-def test_a_server_that_does_not_count_is_said_not_to(run, server, capsys):
+def test_a_server_that_does_not_count_is_said_not_to(run, server):
     server.script = lambda number, body: completion(GOOD, usage=None)
     evaluate.evaluate(run, ["judge"])
-    assert "0 tokens in and 0 out, 2 answers uncounted" in capsys.readouterr().err
+    assert note_of(run)["summary"] == {"answers": 2, "tokens_in": 0, "tokens_out": 0, "uncounted": 2, "cost": 0}
 
 
 def test_the_question_is_part_of_the_version(run, server, monkeypatch):

@@ -37,7 +37,7 @@ LAYERS = [
     },
     {"methods", "scorers", "timing", "recipes"},
     {"pairs", "stopwatch", "ladder"},
-    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor"},
+    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "rehearsal"},
     {"cli"},
 ]
 VERBS = {"train", "generate", "evaluate", "profiling", "report"}

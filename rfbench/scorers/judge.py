@@ -15,9 +15,10 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,7 @@ class JudgeScorer:
     name: str = "judge"
     metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
     together: bool = False
+    sparse: Set[str] = frozenset()
 
     @property
     def version(self) -> str:
@@ -129,19 +131,30 @@ class JudgeScorer:
             (answer,) = each([clip], lambda clip: _judged(clip, out, ask, version, said))
             return answer, said
 
-        total: list[Exchange] = []
         pool = concurrent.futures.ThreadPoolExecutor(cfg.parallel if cfg.server else 1)
         try:
-            with records.appending(out / "scores" / f"{self.name}.answers.jsonl") as append:
+            with records.appending(_said(out)) as append:
                 for future in concurrent.futures.as_completed([pool.submit(judge, clip) for clip in clips]):
                     answer, said = future.result()
                     for exchange in said:
                         append(exchange)
-                    total += said
                     yield answer
         finally:
             pool.shutdown(cancel_futures=True)
-            say(_cost(total, cfg))
+            say("judge, over all sessions: " + ", ".join(f"{key} {value}" for key, value in self.summary(clips, out, partial=True).items()))
+
+    def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
+        """What all answers of this version took, those that were no use among them, and what that costs by the prices of the settings."""
+        cfg, version = _cfg(), self.version
+        said = [one for one in records.read_rows(_said(out), Exchange) if one.version == version]
+        counted = [one for one in said if one.tokens_in is not None and one.tokens_out is not None]
+        given, made = sum(one.tokens_in or 0 for one in counted), sum(one.tokens_out or 0 for one in counted)
+        cost = round((given * cfg.price_in + made * cfg.price_out) / 1e6, 6)
+        return {"answers": len(said), "tokens_in": given, "tokens_out": made, "uncounted": len(said) - len(counted), "cost": cost}
+
+
+def _said(out: Path) -> Path:
+    return out / "scores" / "judge.answers.jsonl"
 
 
 def _judged(clip: Clip, out: Path, ask: Ask, version: str, said: list[Exchange]) -> Iterator[Score]:
@@ -165,15 +178,6 @@ def _judged(clip: Clip, out: Path, ask: Ask, version: str, said: list[Exchange])
             wrong = str(error)
             turns += [Turn("assistant", reply.text), Turn("user", AGAIN)]
     raise ClipError(f"clip {clip.id}: the judge gave no valid answer in {ATTEMPTS} attempts ({wrong} in the last)")
-
-
-def _cost(said: Sequence[Exchange], cfg: JudgeCfg) -> str:
-    """One line on what was used now."""
-    counted = [(one.tokens_in, one.tokens_out) for one in said if one.tokens_in is not None and one.tokens_out is not None]
-    given, made = (sum(pair[side] for pair in counted) for side in (0, 1))
-    price = (given * cfg.price_in + made * cfg.price_out) / 1e6
-    unknown = f", {len(said) - len(counted)} answers uncounted" if len(counted) < len(said) else ""
-    return f"judge: {len(said)} answers, {given} tokens in and {made} out{unknown}" + (f", cost {price:.4f}" if price else "")
 
 
 def _cfg() -> JudgeCfg:
