@@ -219,6 +219,7 @@ def profile(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds, each of which times everyone once.")] = 9,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Sets of fresh processes that repeat it all, one after another.")] = 1,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
+    ladder: Annotated[bool, typer.Option("--ladder", help="From a plain loop to the sampler and its approximations, step by step.")] = False,
     name: Name = None,
     fresh: Fresh = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only the JSON document, which otherwise comes after a table.")] = False,
@@ -226,6 +227,18 @@ def profile(
     """Time baselines chunk by chunk, in turn; the last line on stdout is one JSON document."""
     from rfbench import profiling as verb
 
+    if ladder:
+        (baseline, fields), *others = verb.grouped(baselines)
+        if compare or others or processes != 1:
+            raise UserError("--ladder takes one baseline, in this process alone; leave out --compare and --processes")
+        from rfbench import ladder as climb
+
+        directory = climb.profile(baseline, fields, name=name, chunks=chunks, repeats=repeats, random_weights=random_weights, fresh=fresh)
+        document = {"path": _shown(directory)} | climb.document(directory)
+        if not as_json:
+            _print_table(climb.table(document), title=document["name"], as_json=False)
+        print(json.dumps(document, ensure_ascii=False))
+        return
     rounds = {"chunks": chunks, "repeats": repeats, "processes": processes}
     directory = verb.profile(baselines, name=name, compare=compare, random_weights=random_weights, fresh=fresh, **rounds)
     document = {"path": _shown(directory)} | verb.document(directory, compare)

@@ -93,6 +93,7 @@ class SamplerCfg:
     guidance: float = 1.0  # classifier-free guidance; 1 runs no unconditional pass
     negative: str = ""  # prompt of the unconditional pass
     context_noise: float = 0.0  # sigma of the noise on the clean pass (D-32: the released training has 0.00498); forcing: on given frames
+    context: Literal["clean", "last_step"] = "clean"  # approximate: no clean pass, later chunks look back at what the last step left
     cache: CacheCfg | None = None  # exactly when `chunk` is given, but not with `forcing`
     reroll: RerollCfg | None = None  # null: one rollout, as long as the clip
 
@@ -107,6 +108,8 @@ class SamplerCfg:
             raise UserError("a number of steps is spaced on the shifted grid; 'warp: false' needs a list of timesteps")
         if self.solver in ("unipc", "forcing") and not isinstance(self.steps, int):
             raise UserError(f"solver '{self.solver}' has a grid of its own; give a number of steps, not a list")
+        if self.context != "clean" and (self.cache is None or self.context_noise or self.solver == "rolling"):
+            raise UserError("context 'last_step' leaves out the clean pass of a sampler with a cache and no 'context_noise'; leave it out")
         if self.negative and self.guidance == 1.0:
             raise UserError("a 'negative' prompt is not used without guidance; set 'guidance', or leave it out")
         if self.cache is not None and self.cache.empty_sink == "attended" and (self.chunk or 0) >= (self.cache.sink or 0):

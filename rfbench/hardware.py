@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Ce
 def name(device: torch.device) -> str:
     """What a device is called here: its table in rfbench.toml, else its own name in path letters."""
     return settings().hardware_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The most TFLOP/s that products in a dtype can reach here, and whose figure that is: the maker's, from rfbench.toml, else measured."""
+    table = settings().hardware.get(name(device))
+    printed = table.tflops.get(str(dtype).removeprefix("torch.")) if table is not None else None
+    if printed is not None:
+        return printed, "the maker's dense peak"
+    size = 768
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        begun = time.perf_counter() if device.type == "cuda" else time.process_time()
+        torch.mm(x, w)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append((time.perf_counter() if device.type == "cuda" else time.process_time()) - begun)
+    return 2 * size**3 / min(seconds) / 1e12, f"measured with products of {size} x {size}"
 
 
 def software(device: torch.device) -> dict[str, Any]:

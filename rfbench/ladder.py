@@ -1,4 +1,9 @@
-"""The ladder: from the loop as the reference runs it to ours, one exact step after another, each timed and compared.
+"""The ladder: from the loop as the reference runs it to ours, one step after another, each timed, and compared with what it should make.
+
+Exact steps come first. Exact means: as near to a float32 run of rung 0 as rung 0 itself is in bfloat16, give or take a tenth
+(`Rung.error`), in the first chunk, in chunk STEADY, and in the last chunk of a long clip whose earlier chunks are all given: left
+to itself, any two roundings of a long clip part at some time. Approximate steps are settings of a baseline and say what they cost
+in scores elsewhere; here their latents are compared with those of rung 0.
 
 The rungs take turns, chunk times are those of a steady stream, and every ratio is to rung 0 in the same turn. On a CPU the
 clock is the processor time of this process, so what else the machine does counts less; on a GPU it is that of the host, which
@@ -7,23 +12,59 @@ waits for the device between chunks.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from rfbench import attention, baselines, flops, hardware, provenance, records, video
 from rfbench.backbones.base import TEMPORAL, Backbone
-from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
+from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
+from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
-from rfbench.naive import naive
-from rfbench.sampler import clip_noise, stream
+from rfbench.errors import UserError
+from rfbench.naive import naive, possible
+from rfbench.sampler import Noise, clip_noise, stream
+from rfbench.settings import settings
+from rfbench.stopwatch import precision
+from rfbench.suites import load_suite
 from rfbench.timing import STEADY
 
-Run = Callable[[Backbone, Tensor, int, SamplerCfg, int], Iterator[Tensor]]  # ..., text, latent frames, ..., seed -> clean chunks
+Run = Callable[
+    [Backbone, Tensor, int, SamplerCfg, Noise, Tensor | None], Iterator[Tensor]
+]  # ..., text, latent frames, ..., given ones -> clean chunks
+WITHIN = 1.1  # times the error of rung 0
+VALUES, ENOUGH = 2**16, 24  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many
+PLACES = ("chunk 0", f"chunk {STEADY}", "long")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a rung makes a clip."""
+
+    name: str
+    kind: Literal["reference", "exact", "approximate"]
+    run: Run
+    backbone: Backbone
+    cfg: SamplerCfg
+    late: bool = False  # decoded when all of it is there, and copied as float32
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative L2 distance to a float32 run of rung 0, over that of rung 0 in bfloat16, with its 95 % interval over clips."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -31,64 +72,185 @@ class Rung:
     """What one rung takes and how far it is from rung 0."""
 
     name: str
+    kind: str
     ms: float  # per chunk with its context pass: median over turns of the median over chunks
-    fps: float  # pixel frames per second of denoising
+    ms_low: float  # the least and the most of the turns
+    ms_high: float
+    dit_fps: float  # pixel frames per second of denoising
+    e2e_fps: float  # and of decoding and copying to the host as well, one after the other
     ratio: float  # how many times as long rung 0 takes: median over turns
+    ratio_low: float
+    ratio_high: float
+    tflops: float  # of arithmetic per second of denoising
+    share: float | None  # of the peak: the speed of light
     first: float  # relative L2 distance of the latents of chunk 0 to those of rung 0
     steady: float  # of the first chunk that is counted
     whole: float  # of all chunks together
+    error: dict[str, Error]  # by place; of exact rungs
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is within the bound at every place, as far as the clips can tell."""
+        return bool(self.error) and max(error.low for error in self.error.values()) <= WITHIN
 
 
-def _streamed(shortcuts: Shortcuts) -> Run:
-    def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, seed: int) -> Iterator[Tensor]:
-        noise = clip_noise(backbone, [seed])
-        return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, lean=LeanDiT(backbone.denoiser, shortcuts)))
+def reference(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
+    return naive(backbone, text_BLE, latents, cfg, noise, initial_BFCHW)
+
+
+def streamed(shortcuts: Shortcuts) -> Run:
+    """The shared sampler with the given shortcuts."""
+    made: dict[int, LeanDiT] = {}  # kept between clips, as `rfbench.generate` does
+
+    def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
+        lean = made.setdefault(id(backbone.denoiser), LeanDiT(backbone.denoiser, shortcuts))
+        return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, initial_BFCHW=initial_BFCHW, lean=lean))
 
     return run
 
 
-def rungs() -> dict[str, Run]:
-    """Rung 0, the shared sampler without shortcuts, then with one more of them at a time."""
-    names = [field.name for field in dataclasses.fields(Shortcuts)]
-    taken = dict.fromkeys(names, False)
-    found: dict[str, Run] = {
-        "naive": lambda backbone, text_BLE, latents, cfg, seed: naive(backbone, text_BLE, latents, cfg, clip_noise(backbone, [seed])),
-        "slots": _streamed(Shortcuts(**taken)),
-    }
+def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Backbone, SamplerCfg]] | None = None) -> list[Way]:
+    """Rung 0, the shared sampler without shortcuts, then with one more of those that this device can use at a time; then each
+    approximation for itself, with all of them."""
+    names = usable(backbone.denoiser.head.modulation.device)
+    taken = dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False)
+    found = [Way("naive", "reference", reference, backbone, cfg, late=True), Way("slots", "exact", streamed(Shortcuts(**taken)), backbone, cfg)]
     for name in names:
         taken[name] = True
-        found[name] = _streamed(Shortcuts(**taken))
-    return found
+        found.append(Way(name, "exact", streamed(Shortcuts(**taken)), backbone, cfg))
+    full = streamed(Shortcuts(**taken))
+    return found + [Way(name, "approximate", full, *changed) for name, changed in (approximate or {}).items()]
 
 
 @torch.no_grad()
-def climb(backbone: Backbone, text_BLE: Tensor, cfg: SamplerCfg, *, chunks: int, turns: int, on: Mapping[str, Run] | None = None) -> list[Rung]:
+def climb(prompt: str, steps: Sequence[Way], *, chunks: int, turns: int, peak: float | None) -> list[Rung]:
     """Time all rungs over streams of `chunks` chunks, `turns` times in turn, and compare their videos of seed 0.
+
+    `peak` is the speed of light in TFLOP/s. The first of the steps is rung 0.
 
     Raises:
         ValueError: too few chunks: those before chunk STEADY are not counted, and the last one has no context pass.
     """
     if chunks < STEADY + 2:
         raise ValueError(f"a ladder of {chunks} chunks never gets steady; the least is {STEADY + 2}")
-    assert cfg.chunk is not None
-    runs, device, latents = dict(on or rungs()), text_BLE.device, chunks * cfg.chunk
-    made = {name: list(run(backbone, text_BLE, latents, cfg, 0)) for name, run in runs.items()}  # which also warms up
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    texts = {id(way.backbone): way.backbone.encode_text([prompt]) for way in steps}
+    made, taken, decoding = dict[str, list[Tensor]](), dict[str, list[float]](), dict[str, float]()
+    for way in steps:  # which also warms up
+        made[way.name], _ = once(way, texts[id(way.backbone)], chunks)
+        decoding[way.name] = decoding_seconds(way, made[way.name])
+        taken[way.name] = []
     for _ in range(turns):
-        for name, run in runs.items():
-            stamps = [now(device) for _ in run(backbone, text_BLE, latents, cfg, 0)]
-            taken[name].append(median(after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False)))
-    base = next(iter(runs))
-    return [
-        Rung(
-            name,
-            1000 * median(taken[name]),
-            TEMPORAL * cfg.chunk / median(taken[name]),
-            median(slow / fast for slow, fast in zip(taken[base], taken[name], strict=True)),
-            *(distance(made[name][part], made[base][part]) for part in (slice(1), slice(STEADY, STEADY + 1), slice(None))),
+        for way in steps:
+            taken[way.name].append(once(way, texts[id(way.backbone)], chunks)[1])
+    base, error = steps[0].name, errors(prompt, steps, chunks)
+    found = []
+    for way in steps:
+        assert way.cfg.chunk is not None
+        ms, frames = sorted(1000 * seconds for seconds in taken[way.name]), TEMPORAL * way.cfg.chunk
+        ratios = sorted(slow / fast for slow, fast in zip(taken[base], taken[way.name], strict=True))
+        middle = median(taken[way.name])
+        tflops = flops.dit_chunk(way.backbone, way.cfg, chunks) / middle / 1e12
+        apart = [distance(made[way.name][part], made[base][part]) for part in (slice(1), slice(STEADY, STEADY + 1), slice(None))]
+        rung = Rung(
+            name=way.name,
+            kind=way.kind,
+            ms=median(ms),
+            ms_low=ms[0],
+            ms_high=ms[-1],
+            dit_fps=frames / middle,
+            e2e_fps=frames / (middle + decoding[way.name]),
+            ratio=median(ratios),
+            ratio_low=ratios[0],
+            ratio_high=ratios[-1],
+            tflops=tflops,
+            share=tflops / peak if peak else None,
+            first=apart[0],
+            steady=apart[1],
+            whole=apart[2],
+            error=error.get(way.name, {}),
         )
-        for name in runs
-    ]
+        found.append(rung)
+    return found
+
+
+def once(way: Way, text_BLE: Tensor, chunks: int) -> tuple[list[Tensor], float]:
+    """The chunks of a clip, and the median seconds of a steady one with its context pass."""
+    assert way.cfg.chunk is not None
+    made, stamps = [], []
+    for latent in way.run(way.backbone, text_BLE, chunks * way.cfg.chunk, way.cfg, clip_noise(way.backbone, [0]), None):
+        stamps.append(now(text_BLE.device))
+        made.append(latent)
+    return made, median(after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False))
+
+
+def decoding_seconds(way: Way, latents: Sequence[Tensor]) -> float:
+    """Seconds for the pixels of a steady chunk, until they can be read on the host."""
+    decode, device, stamps = way.backbone.decoder(), latents[0].device, list[float]()
+    if way.late:
+        begun = now(device)
+        (decode(torch.cat(list(latents), 1)).float().cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
+        return (now(device) - begun) / len(latents)
+    for latent in latents:
+        video.as_uint8(decode(latent)).cpu()
+        stamps.append(now(device))
+    return median(after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False))
+
+
+@dataclass(frozen=True)
+class Bare:
+    """As much of a backbone as makes latents."""
+
+    denoiser: Any
+    shape: Any
+
+
+def errors(prompt: str, steps: Sequence[Way], chunks: int) -> dict[str, dict[str, Error]]:
+    """Of each exact rung, place by place: its error in bfloat16 over that of rung 0."""
+    base = steps[0]
+    assert base.cfg.chunk is not None
+    shape = base.backbone.shape
+    clips = min(ENOUGH, -(-VALUES // (base.cfg.chunk * shape.channels * shape.height * shape.width)))
+    rounded, text_BLE = copy.deepcopy(base.backbone.denoiser), base.backbone.encode_text([prompt] * clips).bfloat16()
+    rounded.store(torch.bfloat16)
+    exact = copy.deepcopy(rounded)
+    exact.store(torch.float32)
+    low, high = (cast(Backbone, Bare(model, shape)) for model in (rounded, exact))
+    short, long = (STEADY + 1) * base.cfg.chunk, chunks * base.cfg.chunk
+
+    def noise() -> Noise:
+        return clip_noise(low, range(1, clips + 1))
+
+    def wide() -> Noise:
+        draw = noise()
+        return lambda frames: draw(frames).float()
+
+    history = torch.cat(list(reference(high, text_BLE.float(), long - base.cfg.chunk, base.cfg, wide(), None)), 1).bfloat16()
+
+    def chunks_of(run: Run, backbone: Backbone, text: Tensor, draw: Callable[[], Noise], given: Tensor) -> list[Tensor]:
+        free = list(run(backbone, text, short, base.cfg, draw(), None))
+        return [free[0], free[STEADY], list(run(backbone, text, long, base.cfg, draw(), given))[-1]]
+
+    wanted = chunks_of(reference, high, text_BLE.float(), wide, history.float())
+    found = dict[str, dict[str, Error]]()
+    bound = list[list[float]]()
+    for way in steps:
+        if way.kind != "approximate":
+            off = [each(ours, theirs) for ours, theirs in zip(chunks_of(way.run, low, text_BLE, noise, history), wanted, strict=True)]
+            bound = bound or off
+            found[way.name] = {place: compared(*pair) for place, *pair in zip(PLACES, off, bound, strict=True)}
+    return found
+
+
+def each(found_BFCHW: Tensor, wanted_BFCHW: Tensor) -> list[float]:
+    """Relative L2 distance, clip by clip."""
+    return [distance([ours], [theirs]) for ours, theirs in zip(found_BFCHW.split(1), wanted_BFCHW.split(1), strict=True)]
+
+
+def compared(off: Sequence[float], least: Sequence[float]) -> Error:
+    """Geometric mean over clips: now and then one rounding more or less moves a whole sprite, here or there."""
+    logs = [math.log(one / other) for one, other in zip(off, least, strict=True)]
+    middle, half = mean(logs), 1.96 * stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+    return Error(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 
 
 def now(device: torch.device) -> float:
@@ -100,6 +262,105 @@ def now(device: torch.device) -> float:
 
 
 def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Relative L2 distance of some chunks."""
+    """Relative L2 distance of some chunks; infinite where they are of other sizes."""
     ours, theirs = torch.cat(found, 1).double(), torch.cat(wanted, 1).double()
-    return float((ours - theirs).norm() / theirs.norm())
+    return float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else float("inf")
+
+
+APPROXIMATE = {  # what a baseline can be set to that changes its videos, each for itself
+    "no context": ("sampler.context=last_step",),
+    "half the steps": ("sampler.steps={half}",),
+    "tiny decoder": ("decoder=tiny",),
+}
+
+
+def profile(
+    baseline: str,
+    fields: Sequence[str],
+    *,
+    name: str | None = None,
+    chunks: int,
+    repeats: int,
+    random_weights: bool = False,
+    reduced: bool = False,
+    fresh: bool = False,
+) -> Path:
+    """`profile --ladder`: a baseline from the loop as the reference runs it to the approximations of ours, see `rfbench.ladder`.
+
+        runs/ladder/<name>/<hardware>/run.json
+
+    Raises:
+        UserError: the baseline cannot be used, or what it does has no plain loop to begin with, or too few chunks.
+    """
+    if chunks < STEADY + 2:
+        raise UserError(f"--chunks {chunks} never gets steady: the first {STEADY} are not counted; the least is {STEADY + 2}")
+    ready = baselines.prepare(baseline, fields, name=name, random_weights=random_weights, reduced=reduced)
+    if not possible(ready.cfg.sampler):
+        raise UserError(f"'{baseline}' has no ladder: rung 0 knows few steps with fresh noise over a plain cache, and neither guidance nor shots")
+    device = baselines.device()
+    machine = hardware.name(device)
+    directory = settings().runs / "ladder" / ready.name / machine
+    inputs = {"contender": ready.inputs(), "chunks": chunks, "repeats": repeats}
+    with provenance.session(directory, "ladder", f"{ready.name}/{machine}", inputs, fresh=fresh) as run:
+        if not run.done:
+            run.record(device=str(device), attention=attention.kernel(), software=hardware.software(device), weights_sha256=ready.weights_sha256)
+            before, backbone = hardware.state(device), ready.open()
+            others, left_out = approximations(baseline, fields, ready, backbone)
+            peak, whose = hardware.peak(device, backbone.denoiser.dtype)
+            run.record(precision=precision(backbone), peak_tflops=peak, peak_is=whose, left_out=left_out, reduced=ready.reduced)
+            run.record(
+                flop={
+                    "chunk": flops.dit_chunk(backbone, ready.cfg.sampler, chunks),
+                    "decoding": flops.decoded(backbone, ready.cfg.sampler.chunk or 1),
+                }
+            )
+            prompt = load_suite("smoke").prompts[0].text
+            rungs = climb(prompt, ways(backbone, ready.cfg.sampler, others), chunks=chunks, turns=repeats, peak=peak)
+            run.record(hardware={"before": before, "after": hardware.state(device)})
+            run.result.update(rungs=[dataclasses.asdict(rung) for rung in rungs], exact=all(rung.exact for rung in rungs if rung.kind == "exact"))
+    return directory
+
+
+def approximations(
+    baseline: str, fields: Sequence[str], ready: Prepared, backbone: Backbone
+) -> tuple[dict[str, tuple[Backbone, SamplerCfg]], dict[str, str]]:
+    """The approximations that a baseline can be set to, and why others are left out."""
+    steps, found, left_out = ready.cfg.sampler.steps, dict[str, tuple[Backbone, SamplerCfg]](), dict[str, str]()
+    half = steps // 2 if isinstance(steps, int) else list(steps[::2])
+    for called, changes in APPROXIMATE.items():
+        asked = [*fields, *(field.format(half=half) for field in changes)]
+        try:
+            other = baselines.prepare(baseline, asked, random_weights=ready.weights is None, reduced=ready.reduced)
+            same = dataclasses.replace(other.cfg, sampler=ready.cfg.sampler) == ready.cfg
+            found[called] = (backbone if same else other.open(), other.cfg.sampler)
+        except UserError as error:
+            left_out[called] = str(error)
+    return found, left_out
+
+
+def document(directory: Path) -> dict[str, Any]:
+    """A finished ladder as one JSON document."""
+    run = records.read_run(directory)
+    found: dict[str, Any] = {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds}
+    found |= {"asked": {key: run.inputs[key] for key in ("chunks", "repeats")}, "recorded": run.recorded}
+    return found | {"rungs": run.result["rungs"], "exact": run.result["exact"]}
+
+
+def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A ladder's document as rows for people, rung by rung."""
+    rows = []
+    for rung in document["rungs"]:
+        apart = rung["error"]
+        rows.append(
+            {
+                "": rung["name"],
+                "kind": rung["kind"],
+                "ms per chunk": f"{rung['ms']:.4g} [{rung['ms_low']:.4g}, {rung['ms_high']:.4g}]",
+                "DiT FPS": f"{rung['dit_fps']:.4g}",
+                "end-to-end FPS": f"{rung['e2e_fps']:.4g}",
+                "times as fast": f"{rung['ratio']:.2f} [{rung['ratio_low']:.2f}, {rung['ratio_high']:.2f}]",
+                "of peak": f"{rung['share']:.1%}" if rung["share"] is not None else "",
+                "error of rung 0 ×": " ".join(f"{error['ratio']:.2f}" for error in apart.values()) or f"apart {rung['first']:.1e}",
+            }
+        )
+    return rows

@@ -151,22 +151,30 @@ def forward(model: Any, x_BFCHW: Tensor, t: float, text_BLE: Tensor, caches: lis
     return torch.einsum("bfhwrsc->bfchrws", out).reshape(batch, frames, cfg.out_dim, height * rows, width * columns)
 
 
-def naive(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise) -> Iterator[Tensor]:
-    """The clean chunks, as `rfbench.sampler.stream` makes them with solver `renoise` and no guidance."""
-    assert cfg.chunk is not None and cfg.cache is not None and cfg.solver == "renoise" and cfg.guidance == 1.0
+def possible(cfg: SamplerCfg) -> bool:
+    """Whether this loop can do what a sampler does: few steps with fresh noise, a policy's plain form, one prompt, no guidance."""
+    plain = cfg.solver == "renoise" and cfg.guidance == 1.0 and not cfg.context_noise and cfg.context == "clean" and cfg.reroll is None
+    cache = cfg.cache
+    return plain and cache is not None and cache.mismatch == "average" and cache.shot_offset is None and cache.empty_sink == "ignored"
+
+
+def naive(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None = None) -> Iterator[Tensor]:
+    """The clean chunks, as `rfbench.sampler.stream` makes them with solver `renoise` and no guidance, in the dtype of the noise."""
+    assert possible(cfg) and cfg.chunk is not None and cfg.cache is not None
     schedule, steps, length = Schedule(cfg.shift), timesteps(cfg), cfg.chunk
     tokens = backbone.shape.height * backbone.shape.width // (backbone.denoiser.cfg.patch[1] * backbone.denoiser.cfg.patch[2])
     caches = [NaiveCache(cfg.cache, tokens) for _ in range(backbone.denoiser.cfg.num_layers)]
     for start in range(0, latents, length):
         for cache in caches:
             cache.make_room(length, start)
-        x = noise(length)
-        for number, step in enumerate(steps):
+        x0 = initial_BFCHW[:, start : start + length] if initial_BFCHW is not None else text_BLE[:, :0]
+        x = x0 if x0.shape[1] else noise(length)
+        for number, step in enumerate(() if x0.shape[1] else steps):
             sigma = float(schedule.sigma(torch.tensor(step, dtype=torch.float64)))
-            x0 = (x.double() - sigma * forward(backbone.denoiser, x, step, text_BLE, caches, clean=False).double()).float()
+            x0 = (x.double() - sigma * forward(backbone.denoiser, x, step, text_BLE, caches, clean=False).double()).type_as(x)
             if number + 1 < len(steps):
                 after = float(schedule.sigma(torch.tensor(steps[number + 1], dtype=torch.float64)))
-                x = ((1 - after) * x0.double() + after * noise(length).double()).float()
+                x = ((1 - after) * x0.double() + after * noise(length).double()).type_as(x)
         yield x0
         if start + length < latents:
             forward(backbone.denoiser, x0, 0.0, text_BLE, caches, clean=True)

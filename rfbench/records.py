@@ -38,7 +38,7 @@ RANDOM = "random"  # stands for the sha256 of weights that were drawn and not lo
 class Run:
     """What was asked (`inputs`, hashed to `fingerprint`), on what and by which code (`recorded`, not hashed), how it ended."""
 
-    verb: str  # train | generate | eval | profile
+    verb: str  # train | generate | eval | profile | ladder
     name: str  # what the directory is called after, e.g. "toy/reward-forcing" or "reward-forcing/toy-short"
     inputs: dict[str, Any]
     fingerprint: str

@@ -129,6 +129,8 @@ def stream(
         raise ValueError("chunks in a joint window that rolls have no beginning of their own")
     if switches and (cfg.cache is None or any(later <= earlier for (earlier, _), (later, _) in itertools.pairwise(switches))):
         raise ValueError("prompts switch between chunks, in the order of their frames")
+    if cfg.context != "clean" and (exit_step is not None or grad_from is not None):
+        raise ValueError("a rollout for training fills its cache with clean passes")
     model = backbone.denoiser
     given = [text for text in (text_BLE, null_BLE) if text is not None]
     with torch.no_grad():
@@ -165,18 +167,20 @@ def stream(
             elif grad:  # the text projections must be recomputed, or their weights would get no gradient (D-35)
                 outs = [model(x_BFCHW, at(step), text, cache=cache) for text, cache in zip(given, held, strict=True)]
             else:
-                outs = [lean(x_BFCHW, step, text, cache) for text, cache in zip(texts, held, strict=True)]
+                outs = [lean(x_BFCHW, step, text, cache, kept=cfg.context == "last_step") for text, cache in zip(texts, held, strict=True)]
             return outs[0] if len(outs) == 1 else outs[1] + cfg.guidance * (outs[0] - outs[1])
 
     def at(value: float) -> Tensor:
         """One timestep or sigma for all clips: a product with a single row rounds otherwise than one with a row per clip."""
         return torch.full((1, 1), value, dtype=torch.float64, device=device)
 
+    def is_given(start: int) -> bool:
+        return initial_BFCHW is not None and start < initial_BFCHW.shape[1]
+
     def goes_along(following: int) -> bool:
         """Whether the next chunk begins with a pass that a clean pass can be part of: one with the same text and without gradients."""
-        given_too = initial_BFCHW is not None and following < initial_BFCHW.shape[1]
         graded = grad_from is not None and last == 0 and following >= grad_from
-        return lean.shortcuts.joint and not (given_too or graded or any(frame <= following for frame, _ in due))
+        return lean.shortcuts.joint and cfg.context == "clean" and not (is_given(following) or graded or any(frame <= following for frame, _ in due))
 
     def switch(text_BLE: Tensor) -> None:
         given[0] = text_BLE
@@ -224,7 +228,7 @@ def stream(
             clean = add_noise(x0.detach(), noise(length), cfg.context_noise) if cfg.context_noise else x0.detach()
             if goes_along(start + length):
                 pending = clean
-            else:
+            elif cfg.context == "clean" or is_given(start):
                 for text, cache in zip(texts, caches, strict=True):
                     lean.fill(clean, text, cache)
             if due and not shots:

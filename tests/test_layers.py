@@ -31,6 +31,7 @@ LAYERS = [
         "videoreward",
         "baselines",
         "checkpointing",
+        "flops",
         "naive",
         "vbench_worker",
         "external",

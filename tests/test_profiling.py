@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfbench import baselines, cli, profiling, records, stopwatch, timing
+from rfbench import baselines, cli, ladder, profiling, records, stopwatch, timing
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan.text import WanText
 from rfbench.errors import UserError
@@ -351,3 +351,40 @@ def test_a_gpu_is_timed_by_its_own_clock(tmp_path):
     stamps = [stamp for chunk in one.stream for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
     assert stamps == sorted(stamps)  # type: ignore[type-var]
     assert 0 < one.peak_bytes <= one.reserved_bytes < one.device_bytes < torch.cuda.get_device_properties(0).total_memory  # type: ignore[operator]
+
+
+def outcome(words: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return int(ended.value.code or 0)
+
+
+def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ladder, "ENOUGH", 2)
+    path = models.write(tmp_path, "student")
+    fields = ["sampler.steps=[1000,500]", "--chunks", "5", "--repeats", "2", "--name", "climb"]
+    assert outcome(["profile", str(path), "--ladder", *fields]) == 0
+    told = capsys.readouterr().out
+    found = json.loads(told.splitlines()[-1])
+    names = [rung["name"] for rung in found["rungs"]]
+    assert names[:2] == ["naive", "slots"] and names[-2:] == ["no context", "half the steps"] and "joint" in names
+    assert found["name"] == "climb/cpu" and found["status"] == "done" and found["asked"] == {"chunks": 5, "repeats": 2}
+    assert found["recorded"]["peak_is"].startswith("measured") and found["recorded"]["peak_tflops"] > 0
+    assert list(found["recorded"]["left_out"]) == ["tiny decoder"] and "does not use 'decoder'" in found["recorded"]["left_out"]["tiny decoder"]
+    assert all(rung["ms_low"] <= rung["ms"] <= rung["ms_high"] and rung["share"] > 0 for rung in found["rungs"])
+    assert "times as fast" in told
+    stamp = (Path(found["path"]) / "run.json").stat().st_mtime_ns
+    assert outcome(["profile", str(path), "--ladder", *fields]) == 0 and (Path(found["path"]) / "run.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["a", "b", "--ladder"], "takes one baseline"),
+        (["toy/teacher", "--ladder", "--random-weights"], "has no ladder"),
+        (["toy/ode-init", "--ladder", "--chunks", "4"], "never gets steady"),
+    ],
+)
+def test_a_ladder_that_cannot_be_climbed_is_refused(words, sentence, capsys):
+    assert outcome(["profile", *words]) == 2
+    assert sentence in capsys.readouterr().err

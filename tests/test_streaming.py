@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from rfbench import ladder
+from rfbench import flops, ladder
 from rfbench.backbones.toy import ToyBackbone
-from rfbench.backbones.wan.lean import Shortcuts
+from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.config import CacheCfg, SamplerCfg
-from rfbench.naive import naive
+from rfbench.naive import naive, possible
 from rfbench.sampler import clip_noise, stream
 from tests import models
 from tests.tiny import distance
@@ -71,26 +71,74 @@ def test_the_comparison_sees_a_wrong_sink(backbone):
     assert distance(found, wanted) > 1e-4
 
 
-def test_the_ladder_ends_with_every_shortcut_and_has_one_more_on_each_rung(backbone):
-    """Each rung is the video of rung 0, and each shortcut does something: work or bits are others than on the rung before."""
-    text = backbone.encode_text(["a red disc moves right"])
-    found = ladder.climb(backbone, text, student(), chunks=5, turns=1)
-    assert [rung.name for rung in found] == ["naive", "slots", *(field.name for field in dataclasses.fields(Shortcuts))]
-    assert (found[0].ratio, found[0].whole) == (1.0, 0.0)
-    for rung in found:
+def test_the_ladder_has_one_more_shortcut_on_each_rung_and_then_what_is_approximate(backbone, monkeypatch):
+    """Each exact rung is the video of rung 0, and as near to float32 in bfloat16."""
+    monkeypatch.setattr(ladder, "ENOUGH", 4)
+    cfg = student()
+    ways = ladder.ways(backbone, cfg, {"no context": (backbone, dataclasses.replace(cfg, context="last_step"))})
+    found = ladder.climb("a red disc moves right", ways, chunks=5, turns=1, peak=0.1)
+    names = usable(torch.device("cpu"))
+    assert [rung.name for rung in found] == ["naive", "slots", *names, "no context"]
+    assert set(names) <= {field.name for field in dataclasses.fields(Shortcuts)}
+    assert (found[0].ratio, found[0].whole, found[0].error["long"].ratio) == (1.0, 0.0, 1.0)
+    for rung in found[:-1]:
         assert max(rung.first, rung.steady, rung.whole) <= 1e-6
-        assert rung.fps == pytest.approx(12000 / rung.ms)
+        assert rung.exact and set(rung.error) == set(ladder.PLACES)
+        assert rung.dit_fps == pytest.approx(12000 / rung.ms) and rung.dit_fps > rung.e2e_fps
+        assert rung.share == pytest.approx(rung.tflops / 0.1)
+        assert rung.tflops == pytest.approx(flops.dit_chunk(backbone, cfg, 4) / rung.ms / 1e9)
+    assert found[-1].whole > 1e-3 and not found[-1].error and not found[-1].exact
     with pytest.raises(ValueError, match="never gets steady"):
-        ladder.climb(backbone, text, student(), chunks=4, turns=1)
+        ladder.climb("a red disc moves right", ways, chunks=4, turns=1, peak=None)
 
 
-def test_a_ladder_shows_a_rung_that_is_not_exact(backbone):
+def test_a_ladder_shows_a_rung_that_is_not_exact(backbone, monkeypatch):
+    """A sink that is off by a tenth of the average shows in the latents, and where the error is bounded."""
+    monkeypatch.setattr(ladder, "ENOUGH", 4)
     right = student()
     assert right.cache is not None
-    wrong = dataclasses.replace(right, cache=dataclasses.replace(right.cache, alpha=0.91))
-    both = {
-        name: lambda b, text, latents, cfg, seed, of=of: naive(b, text, latents, of, clip_noise(b, [seed]))
-        for name, of in (("right", right), ("wrong", wrong))
-    }
-    _, off = ladder.climb(backbone, backbone.encode_text(["a red disc moves right"]), right, chunks=6, turns=1, on=both)
-    assert off.first == 0 and off.whole > 1e-4
+    wrong = dataclasses.replace(right, cache=dataclasses.replace(right.cache, alpha=0.8))
+
+    def off(b, text, latents, cfg, noise, given):
+        return naive(b, text, latents, wrong, noise, given)
+
+    ways = [ladder.Way(name, "exact", run, backbone, right) for name, run in (("right", ladder.reference), ("wrong", off))]
+    _, rung = ladder.climb("a red disc moves right", ways, chunks=6, turns=1, peak=None)
+    assert rung.first == 0 and rung.whole > 1e-4
+    assert rung.error["long"].low > ladder.WITHIN and not rung.exact
+
+
+def test_what_the_plain_loop_cannot_do_has_no_ladder():
+    assert possible(student())
+    changes: list[dict[str, Any]] = [{"guidance": 2.0}, {"context_noise": 0.1}, {"solver": "euler"}, {"context": "last_step"}]
+    assert not any(possible(dataclasses.replace(student(), **change)) for change in changes)
+
+
+@torch.no_grad()
+def test_a_plain_loop_goes_on_from_given_frames(backbone):
+    text, cfg = backbone.encode_text(["a red disc moves right"]), student()
+    given = torch.randn(1, 9, 8, 6, 8, generator=torch.Generator().manual_seed(0))
+    found = torch.cat(list(naive(backbone, text, LATENTS, cfg, clip_noise(backbone, [0]), given)), 1)
+    wanted = torch.cat([c.latent_BFCHW for c in stream(backbone, text, LATENTS, cfg, clip_noise(backbone, [0]), initial_BFCHW=given)], 1)
+    assert torch.equal(found[:, :9], given) and distance(found, wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_without_a_clean_pass_later_chunks_look_back_at_the_last_step(backbone, monkeypatch):
+    """Every chunk's keys and values in the cache are those of its last step: a clean pass with that pass's input and timestep changes nothing."""
+    cfg, text, last = dataclasses.replace(student("window"), context="last_step"), backbone.encode_text(["a red disc moves right"]), dict[str, Any]()
+    bare = torch.cat([c.latent_BFCHW for c in stream(backbone, text, 12, cfg, clip_noise(backbone, [0]))], 1)
+    call = LeanDiT.__call__
+
+    def noted(lean, x, t, *given, **options):
+        last.update(x=x, t=t)
+        return call(lean, x, t, *given, **options)
+
+    def again(lean, clean, text, cache):
+        call(lean, last["x"], last["t"], text, cache, kept=True)
+
+    monkeypatch.setattr(LeanDiT, "__call__", noted)
+    monkeypatch.setattr(LeanDiT, "fill", again)
+    lean = LeanDiT(backbone.denoiser, Shortcuts(joint=False))
+    made = stream(backbone, text, 12, dataclasses.replace(cfg, context="clean"), clip_noise(backbone, [0]), lean=lean)
+    assert distance(bare, torch.cat([c.latent_BFCHW for c in made], 1)) < 1e-6

@@ -92,8 +92,8 @@ def observe(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, float, KVCa
     def made(lean: LeanDiT, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS) -> None:
         make(lean, model, dataclasses.replace(shortcuts, joint=False))
 
-    def noisy(lean: LeanDiT, x: Tensor, t: float, text: Any, cache: KVCache) -> Tensor:
-        flow = call(lean, x, t, text, cache)
+    def noisy(lean: LeanDiT, x: Tensor, t: float, text: Any, cache: KVCache, *, kept: bool = False) -> Tensor:
+        flow = call(lean, x, t, text, cache, kept=kept)
         told(x, t, cache, flow)
         return flow
 

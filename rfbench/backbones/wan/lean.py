@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -40,8 +40,14 @@ class Shortcuts:
 
 
 SHORTCUTS = Shortcuts()
+ON = {"columns": "cpu", "sigmoid": "cpu"}  # the others are for every device
 SMALL = 2**20  # elements of a weight
 SLOPE = 2 * (2 / torch.pi) ** 0.5  # GELU's tangent form is x sigmoid(SLOPE (x + 0.044715 x^3))
+
+
+def usable(device: torch.device) -> list[str]:
+    """The shortcuts that do something on a device, in the order of the ladder."""
+    return [field.name for field in fields(Shortcuts) if ON.get(field.name, device.type) == device.type]
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,14 @@ class LeanDiT:
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
         self.mode: Any = torch.inference_mode if shortcuts.untracked else torch.no_grad
 
-    def __call__(self, x_BFCHW: Tensor, t: float, text: TextKV, cache: Cache | None) -> Tensor:
-        """The flow of noisy frames that are all at timestep `t`: [B, F, C, H, W]. See `WanDiT.forward`."""
+    def __call__(self, x_BFCHW: Tensor, t: float, text: TextKV, cache: Cache | None, *, kept: bool = False) -> Tensor:
+        """The flow of noisy frames that are all at timestep `t`: [B, F, C, H, W]. See `WanDiT.forward`.
+
+        Unless `kept`, what it leaves in the cache is for this pass alone: a clean pass comes before the next chunk.
+        """
         with self.mode():
             tables = self._tables((t,))
-            return self._flow(x_BFCHW, self._rows([x_BFCHW], tables[0], text, cache), tables[1])
+            return self._flow(x_BFCHW, self._rows([x_BFCHW], tables[0], text, cache, kept=kept), tables[1])
 
     def fill(self, clean_BFCHW: Tensor, text: TextKV, cache: Cache) -> None:
         """The clean pass: it leaves keys and values in the cache."""
@@ -117,7 +126,9 @@ class LeanDiT:
         out = self.head(self._modulate(rows_RM, *head)).view(batch, frames, rows_RM.shape[0] // (batch * frames), -1)
         return self.model.unpatch(out, x_BFCHW.shape[-2] // rows, x_BFCHW.shape[-1] // columns)
 
-    def _rows(self, chunks: Sequence[Tensor], blocks: list[Six], text: TextKV, cache: Cache | None, *, clean: bool = False) -> Tensor:
+    def _rows(
+        self, chunks: Sequence[Tensor], blocks: list[Six], text: TextKV, cache: Cache | None, *, clean: bool = False, kept: bool = False
+    ) -> Tensor:
         """The rows that leave the last layer. With `clean` the first chunk only fills the cache; nothing of it is wanted in the end."""
         batch = chunks[0].shape[0]
         x_RM = self.model.embed_patches(torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]).flatten(0, 2)
@@ -132,7 +143,7 @@ class LeanDiT:
             for place in range(len(chunks)):
                 if place:
                     cast(KVCache, cache).carry(number)
-                looked = self._look(number, qk[place], v[place], cache, rotation, joint=place + 1 < len(chunks), clean=clean and not place)
+                looked = self._look(number, qk[place], v[place], cache, rotation, joint=place + 1 < len(chunks), raw=kept or (clean and not place))
                 if place or not dropped:
                     seen.append(attend(*looked))
             if dropped:
@@ -147,11 +158,11 @@ class LeanDiT:
         return x_RM
 
     def _look(
-        self, number: int, qk_BS2hD: Tensor, v_BShD: Tensor, cache: Cache | None, rotation: Tensor | None, *, joint: bool, clean: bool
+        self, number: int, qk_BS2hD: Tensor, v_BShD: Tensor, cache: Cache | None, rotation: Tensor | None, *, joint: bool, raw: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries of a chunk, and all keys and values that it attends to; `joint`: the next chunk is in the same pass."""
         if isinstance(cache, KVCache):
-            return cache.put(number, qk_BS2hD, v_BShD, cache.before if joint else cache.view, raw=clean)
+            return cache.put(number, qk_BS2hD, v_BShD, cache.before if joint else cache.view, raw=raw)
         if cache is not None:
             return cache.extend(number, qk_BS2hD[:, :, 0], qk_BS2hD[:, :, 1], v_BShD)
         assert rotation is not None
