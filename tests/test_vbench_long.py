@@ -1,0 +1,86 @@
+"""VBench-Long's arithmetic against brute force, closed forms and numpy."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rfbench.errors import UserError
+from rfbench.vbench.long import _tables, drift, first_static, fused, mapped, mean_of_videos, seconds, segments
+from rfbench.vbench.prompts import Entry
+
+UNIT = st.floats(0, 1)
+
+
+@given(frames=st.integers(1, 500), fps=st.integers(1, 30), length=st.sampled_from([2, 10]))
+def test_clips_cover_the_video_are_equally_long_and_only_the_last_overlaps(frames, fps, length):
+    found, size = segments(frames, fps, length), fps * length
+    assert set(itertools.chain.from_iterable(range(*clip) for clip in found)) == set(range(frames))
+    assert {end - begin for begin, end in found} == {min(size, frames)}
+    assert all(begin == end for (_, end), (begin, _) in itertools.pairwise(found[:-1]))
+    assert len(found) == max(1, -(-frames // size)) and found[-1][1] == frames
+
+
+def test_a_minute_of_the_papers_models_is_thirty_clips():
+    """240 latent frames are 957 at 16 fps: 29 whole clips of 2 s, and a last one that shares three frames with the one before."""
+    assert len(segments(957, 16, 2)) == 30 and segments(957, 16, 2)[-2:] == [(896, 928), (925, 957)]
+    assert segments(81, 16, 10) == [(0, 81)]
+
+
+def test_clips_are_as_long_as_the_longest_of_the_prompts_dimensions():
+    known = [
+        Entry("x", ("appearance_style",)),
+        Entry("x", ("overall_consistency", "aesthetic_quality", "imaging_quality")),
+        Entry("y", ("appearance_style",)),
+        Entry("z", ("human_action",)),
+    ]
+    assert [seconds(entry, known, "longest") for entry in known] == [10, 10, 2, 10]
+    assert [seconds(entry, known, "2s") for entry in known] == [2, 2, 2, 2]
+
+
+@given(videos=st.dictionaries(st.text(min_size=1, max_size=3), st.lists(st.none() | UNIT, min_size=1, max_size=6), min_size=1, max_size=6))
+def test_a_dimension_is_the_mean_of_the_means_of_videos(videos):
+    means = [statistics.fmean([v for v in clips if v is not None]) for clips in videos.values() if any(v is not None for v in clips)]
+    if not means:
+        with pytest.raises(UserError, match="long videos has a value"):
+            mean_of_videos(videos)
+        return
+    value, count = mean_of_videos(videos)
+    assert (value, count) == (pytest.approx(statistics.fmean(means)), len(means))
+    assert mean_of_videos(dict(reversed(videos.items()))) == (value, count), "to the last bit in any order"
+
+
+@given(quality=st.lists(st.floats(0, 100), min_size=2, max_size=40))
+def test_drift_is_the_sample_standard_deviation_and_the_printed_formula_is_zero(quality):
+    assert drift(quality) == pytest.approx(np.std(quality, ddof=1), abs=1e-9)
+    assert np.sum(np.array(quality) - np.mean(quality)) == pytest.approx(0, abs=1e-9), "without the square nothing is left"
+
+
+@pytest.mark.parametrize("dimension", ["subject_consistency", "background_consistency"])
+def test_the_tables_rise_from_nothing_to_one(dimension):
+    table = _tables()[dimension]
+    assert len(table) == 101 and (table[0], table[-1]) == (0, 1) and table == sorted(table)
+
+
+@given(between=st.floats(-0.5, 1.5), dimension=st.sampled_from(["subject_consistency", "background_consistency"]))
+def test_between_the_points_of_the_table_it_is_linear(between, dimension):
+    assert mapped(between, dimension) == pytest.approx(np.interp(between, np.arange(101) / 100, _tables()[dimension]))
+
+
+def test_consistency_is_half_within_and_half_between_clips_where_there_is_a_between():
+    assert fused(0.9, 0.5, "subject_consistency") == pytest.approx((0.9 + 0.932674917380015) / 2)
+    assert fused(0.9, 0.005, "background_consistency") == pytest.approx((0.9 + 0.873691544930448 / 2) / 2)
+    assert fused(0.9, None, "subject_consistency") == fused(0.9, 0.0, "subject_consistency") == 0.9
+
+
+def test_the_first_five_static_clips_of_a_prompt_are_first_by_path():
+    clips = {(prompt, sample, k): (sample, k) != (1, 1) for prompt in (3, 4) for sample in (0, 1, 2, 10) for k in range(2)}
+    paths = sorted(f"x-{sample}/x-{sample}_{k:03d}.mp4" for p, sample, k in clips if p == 3 and (sample, k) != (1, 1))
+    kept = first_static(clips)
+    assert sorted(f"x-{sample}/x-{sample}_{k:03d}.mp4" for p, sample, k in kept if p == 3) == paths[:5] and len(kept) == 10
+    assert {key[1:] for key in kept if key[0] == 4} == {(0, 0), (0, 1), (1, 0), (10, 0), (10, 1)}
