@@ -30,10 +30,10 @@ def answer(item: dict[str, Any]) -> dict[str, Any]:
     row = {"id": item["id"], "dimension": name, "version": version(name), "seconds": 0.0, "reason": None, "extra": {}}
     if content == "broken":
         return {**row, "value": None, "weight": 0, "reason": "not a video"}
-    digest = hashlib.sha256(f"{content} {name} {item['prompt']} {item['about']}".encode()).digest()
+    digest = hashlib.sha256(f"{content} {name} {item['prompt']} {item['about']} {item.get('begin')}".encode()).digest()
     value, frames = digest[0] / 255, [digest[1] / 255] * item["frames"]
     if name == "static":
-        return {**row, "value": float("static" in content), "weight": 1}
+        return {**row, "value": float("static" in content and f"moving{item.get('begin')} " not in content), "weight": 1}
     if name == "color" and "unseen" in content:
         return {**row, "value": None, "weight": 0}
     if name == "appearance_style":

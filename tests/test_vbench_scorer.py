@@ -88,7 +88,8 @@ def test_a_whole_run_has_every_dimension_and_a_total(tmp_path):
 def test_each_prompt_is_asked_for_its_dimensions_with_what_to_look_for(tmp_path):
     run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
     evaluate(run, ["vbench"])
-    items = {item["id"]: item for item in json.loads((run / "scores" / "vbench" / "job.json").read_text())["items"]}
+    asked = json.loads((run / "scores" / "vbench" / "job.json").read_text())["items"]
+    items = {" ".join(json.loads(item["id"])[:2]): item for item in asked}
     assert items["0008-2 color"]["about"] == {"color": "red"} and items["0008-2 color"]["prompt"] == "a red car"
     assert items["0002-0 scene"]["about"] == {"scene": {"scene": "alley"}} and items["0002-0 background_consistency"]["about"] == {}
     assert {item["frames"] for item in items.values()} == {81} and len(items) == 5 * sum(len(e["dimension"]) for e in vbench_suite.ENTRIES)
@@ -154,7 +155,9 @@ def test_a_clip_that_is_no_video_is_refused_and_the_others_are_not_touched(tmp_p
     evaluate(good, ["vbench"])
     bad = made(tmp_path / "bad", suites.load_suite("vbench-forcing"), lambda clip: "broken" if clip.id == "0008-0" else f"{clip.id} static")
     with pytest.raises(UserError, match="clip 0008-0: not a video"):
-        evaluate(bad, ["vbench"])
+        evaluate(bad, ["vbench"], partial=True)
+    color = note(bad)["summary"]["dimensions"]["color"]
+    assert color["partial"] and (color["clips"], color["asked"]) == (4, 5) and note(bad)["summary"]["totals"]["partial"]
     told = [{(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench.jsonl", records.Score)} for run in (good, bad)]
     assert {key: value for key, value in told[0].items() if key[0] != "0008-0"} == told[1]
 
@@ -219,3 +222,67 @@ def test_a_worker_that_does_not_work_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the environment 'vbench' does not work \(.*No module named tests.there_is_no_such_module\)"):
         evaluate(run, ["vbench"])
     assert os.environ.get("FAKE_LACKS") is None
+
+
+# VBench-Long
+
+
+def test_a_long_video_is_the_mean_of_its_clips_and_its_drift_is_over_them(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("smoke"), frames=lambda clip: 100)
+    evaluate(run, ["vbench-long"])
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long" / "rows.jsonl")]
+    told = {(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench-long.jsonl", records.Score)}
+    for clip in records.read_clips(run):
+        parts = {(r["begin"], r["end"]): 100 * r["value"] for r in mine if (r["sha256"], r["dimension"]) == (clip.sha256, "imaging_quality")}
+        assert set(parts) == {(0, 32), (32, 64), (64, 96), (68, 100)}
+        assert told[clip.id, "imaging_quality"] == pytest.approx(statistics.mean(parts.values()))
+        assert told[clip.id, "drift"] == pytest.approx(statistics.stdev(parts.values()))
+        whole = [r for r in mine if (r["sha256"], r["dimension"], r["begin"]) == (clip.sha256, "dynamic_degree", None)]
+        assert told[clip.id, "dynamic_degree_whole"] == pytest.approx(100 * whole[0]["value"]) and len(whole) == 1
+    found = note(run, "vbench-long")["summary"]["dimensions"]["subject_consistency"]
+    assert found["value"] == pytest.approx(statistics.mean(told[clip.id, "subject_consistency"] for clip in records.read_clips(run)))
+    assert found["clips"] == found["asked"] == 2
+
+
+def test_as_released_the_longest_dimension_cuts_and_clips_are_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorer, "reencode", lambda source, target, *part: records.write_text(target, source.read_text()))
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), frames=lambda clip: 320)
+    evaluate(run, ["vbench-long-as-released"])
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long-as-released" / "rows.jsonl")]
+    clips = {clip.sha256: clip for clip in records.read_clips(run)}
+    lengths: dict[tuple[int, str], set[int]] = {}
+    for row in mine:
+        if row["begin"] is not None:
+            lengths.setdefault((clips[row["sha256"]].prompt_id, row["dimension"]), set()).add(row["end"] - row["begin"])
+    assert lengths[0, "subject_consistency"] == {32} and lengths[7, "human_action"] == {160}
+    assert lengths[5, "imaging_quality"] == {160}, "beside overall consistency, it is cut into 10 s"
+    assert lengths[3, "appearance_style"] == {160}, "its text is there for overall consistency too"
+    assert all(row["version"].endswith("/reencoded") for row in mine)
+    assert not (run / "scores" / "vbench-long-as-released" / "clips").exists()
+    assert note(run, "vbench-long-as-released")["summary"]["totals"]
+
+
+def test_flicker_of_long_videos_is_that_of_the_first_five_static_clips_of_a_prompt(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench"), lambda clip: f"{clip.id} static moving32 ", frames=lambda clip: 64)
+    evaluate(run, ["vbench-long"])
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long" / "rows.jsonl")]
+    shas = {clip.sample: clip.sha256 for clip in records.read_clips(run) if clip.prompt_id == 1}
+    first = [r["value"] for i in (0, 1, 10, 11, 12) for r in mine if (r["sha256"], r["dimension"], r["begin"]) == (shas[i], "temporal_flickering", 0)]
+    found = note(run, "vbench-long")["summary"]["dimensions"]["temporal_flickering"]
+    assert found["value"] == pytest.approx(100 * statistics.mean(first)) and (found["clips"], found["asked"]) == (5, 25)
+
+
+def test_a_clip_written_to_a_file_has_its_frames_nearly(tmp_path):
+    import av
+    import numpy as np
+
+    from rfbench import video
+
+    ramp = np.stack([np.full((32, 48, 3), 5 * t, np.uint8) for t in range(40)])
+    with video.writing(tmp_path / "whole.mp4", fps=16, height=32, width=48) as write:
+        write(ramp)
+    scorer.reencode(tmp_path / "whole.mp4", tmp_path / "clips" / "part.mp4", 8, 40, 16)
+    with av.open(str(tmp_path / "clips" / "part.mp4")) as container:
+        assert container.streams.video[0].average_rate == 16
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert frames.shape == (32, 32, 48, 3) and np.abs(frames.astype(int) - ramp[8:]).mean() < 3

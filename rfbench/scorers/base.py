@@ -34,6 +34,8 @@ SCORERS = {
     "vbench": "rfbench.scorers.vbench:SCORER",
     "vbench-quality": "rfbench.scorers.vbench:QUALITY",
     "vbench-official": "rfbench.scorers.vbench:OFFICIAL",
+    "vbench-long": "rfbench.scorers.vbench:LONG",
+    "vbench-long-as-released": "rfbench.scorers.vbench:LONG_AS_RELEASED",
 }
 LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
 

@@ -1,13 +1,19 @@
 """VBench: sixteen dimensions of the clips of a run, and its totals, by the networks of the PyPI package `vbench`.
 
 A clip of the suite `vbench` is asked for the dimensions of its prompt; a clip of any other suite for those that need nothing but
-a prompt. Values are kept one by one in `scores/<scorer>/rows.jsonl` under the clip's sha256, the dimension and its version, so that
-other weights, or a dimension that can run now, cost nothing but themselves. What is kept of VBench's habits: rfbench/vbench/PROTOCOL.md.
+a prompt. VBench-Long cuts long videos into clips and asks of each (`rfbench.vbench.long`). Values are kept one by one in
+`scores/<scorer>/rows.jsonl` under the clip's sha256, the dimension and its version, so that other weights, or a dimension that
+can run now, cost nothing but themselves. What is kept of VBench's habits: rfbench/vbench/PROTOCOL.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +23,7 @@ from rfbench import envs, records
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score, canonical, fingerprint
 from rfbench.scorers.base import Answer, ClipError, Metric, verify_video
-from rfbench.vbench import rows, totals
+from rfbench.vbench import long, rows, totals
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.driver import Item, Line, answers, check
 from rfbench.vbench.prompts import Entry, entries
@@ -41,16 +47,23 @@ TEXTS = {
     "temporal_style": "Cosine of the clip and its prompt.",
     "overall_consistency": "Cosine of the clip and its prompt.",
 }
-SEEN = "color_seen"
+SEEN, WHOLE, DRIFT = "color_seen", "dynamic_degree_whole", "drift"
+Place = tuple[str, int | None, int | None]  # a dimension, and the frames [begin, end) of a clip; of the whole clip without them
 
 
 @dataclass(frozen=True)
 class Want:
-    """A dimension of a clip, with what it is compared with."""
+    """A dimension of a clip or of a part of it, with what it is compared with."""
 
     dimension: str
     prompt: str
     about: Mapping[str, Any]
+    begin: int | None = None
+    end: int | None = None
+
+    @property
+    def place(self) -> Place:
+        return self.dimension, self.begin, self.end
 
     @property
     def text(self) -> str:
@@ -60,12 +73,18 @@ class Want:
 
 @dataclass(frozen=True)
 class VBench:
-    """Some dimensions by one driver of the worker; `random` draws the networks' weights, to see that everything runs."""
+    """Some dimensions by one driver of the worker; `random` draws the networks' weights, to see that everything runs.
+
+    `cut` makes it VBench-Long: prompts of VBench's suites are cut into 2 s or by their longest dimension, others always into 2 s.
+    `reencode` writes each of these clips to a file first, as VBench-Long does, which changes its pixels.
+    """
 
     name: str
     dimensions: tuple[str, ...]
     driver: str = "fast"
     random: int | None = None
+    cut: long.Cut | None = None
+    reencode: bool = False
     together = False
     sparse = frozenset({"color", "temporal_flickering"})  # may say nothing of a clip
 
@@ -77,6 +96,9 @@ class VBench:
             found[STATIC] = Metric(True, "%", "Clips that VBench's static filter lets through.")
         if "color" in found:
             found[SEEN] = Metric(True, "%", "Clips in which the object was seen with a colour; the others do not count for color.")
+        if self.cut is not None:
+            found[WHOLE] = Metric(True, "%", "Videos that are dynamic as a whole; dynamic_degree is the mean over their clips.")
+            found[DRIFT] = Metric(False, "points", "Standard deviation of imaging quality over the 2 s clips of a video.")
         return found
 
     @property
@@ -98,7 +120,7 @@ class VBench:
         ready = {one["dimension"]: one["version"] for one in found if one["version"]}
         if not ready:
             raise UserError(f"none of VBench's dimensions can run here: {found[0]['dimension']}: {found[0]['problem']}; {found[0]['fix']}")
-        return ready
+        return {name: f"{version}/reencoded" if self.reencode else version for name, version in ready.items()}
 
     def _names(self) -> list[str]:
         return [*self.dimensions, *([STATIC] if "temporal_flickering" in self.dimensions else [])]
@@ -109,18 +131,19 @@ class VBench:
         Raises:
             UserError: a dimension that the suite asks for cannot run here; the prompts are not VBench's.
         """
-        wants = {clip.id: _wanted(clip, entry, self._names()) for clip, entry in _entries(clips, out)}
+        wants = {clip.id: self._wanted(clip, entry) for clip, entry in _entries(clips, out)}
         asked = {want.dimension for several in wants.values() for want in several}
         versions = self._versions()
         for one in _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random):
             if one["dimension"] in asked and one["dimension"] not in versions:
                 raise UserError(f"VBench's {one['dimension']} cannot run here: {one['problem']}; {one['fix']}")
         kept = {rows.key(row): row for row in records.read_rows(self._rows(out), Row)}
-        waiting: dict[str, dict[str, Row | None]] = {}
+        waiting: dict[str, dict[Place, Row | None]] = {}
         items = []
         for clip in clips:
             waiting[clip.id] = {
-                want.dimension: kept.get((clip.sha256, want.dimension, versions[want.dimension], want.text, None, None)) for want in wants[clip.id]
+                want.place: kept.get((clip.sha256, want.dimension, versions[want.dimension], want.text, want.begin, want.end))
+                for want in wants[clip.id]
             }
             if not wants[clip.id]:
                 yield Answer(clip.id, refused=f"clip {clip.id}: its prompt is for none of the dimensions of '{self.name}'")
@@ -132,18 +155,26 @@ class VBench:
                 except ClipError as error:
                     yield Answer(clip.id, refused=str(error))
                     continue
-                for want in wants[clip.id]:
-                    if waiting[clip.id][want.dimension] is None:
-                        about = {"prompt": want.prompt, "about": want.about, "frames": clip.frames}
-                        items.append({"id": f"{clip.id} {want.dimension}", "path": str(path), "dimension": want.dimension, **about})
+                items += [self._item(clip, path, want, out) for want in wants[clip.id] if waiting[clip.id][want.place] is None]
         yield from self._made(items, {clip.id: clip for clip in clips}, wants, waiting, versions, out)
+
+    def _item(self, clip: Clip, path: Path, want: Want, out: Path) -> Item:
+        """What the worker is asked: frames of the clip's own file, or a file of these frames alone."""
+        about = {"id": json.dumps([clip.id, *want.place]), "dimension": want.dimension, "prompt": want.prompt, "about": want.about}
+        if want.begin is None or want.end is None:
+            return about | {"path": str(path), "frames": clip.frames}
+        if self.reencode:
+            part = self._rows(out).parent / "clips" / f"{clip.id}_{want.begin}.mp4"
+            reencode(path, part, want.begin, want.end, clip.fps)
+            return about | {"path": str(part), "frames": want.end - want.begin}
+        return about | {"path": str(path), "frames": clip.frames, "begin": want.begin, "end": want.end}
 
     def _made(
         self,
         items: Sequence[Item],
         clips: Mapping[str, Clip],
         wants: Mapping[str, Sequence[Want]],
-        waiting: dict[str, dict[str, Row | None]],
+        waiting: dict[str, dict[Place, Row | None]],
         versions: Mapping[str, str],
         out: Path,
     ) -> Iterator[Answer]:
@@ -151,35 +182,46 @@ class VBench:
         open_of: dict[str, int] = {}
         refused: dict[str, str] = {}
         for item in items:
-            open_of[item["id"].split()[0]] = open_of.get(item["id"].split()[0], 0) + 1
+            number = json.loads(item["id"])[0]
+            open_of[number] = open_of.get(number, 0) + 1
         if not items:
             return
         with records.appending(self._rows(out)) as append:
             job = {"driver": self.driver, "device": _device(), "random": self.random}
             for line in answers(envs.python("vbench"), items, job, self._rows(out).parent):
-                number, dimension = line["id"].split()
+                number, *place = json.loads(line["id"])
                 if line.get("reason"):
                     refused.setdefault(number, f"clip {number}: {line['reason']}")
                 else:
-                    text = next(want.text for want in wants[number] if want.dimension == dimension)
-                    sha256, version = clips[number].sha256, versions[dimension]
-                    row = Row(sha256, dimension, version, line["value"], line["weight"], text, extra=dict(line.get("extra", {})))
+                    want = next(want for want in wants[number] if want.place == tuple(place))
+                    answer = (line["value"], line["weight"], want.text, want.begin, want.end, dict(line.get("extra", {})))
+                    row = Row(clips[number].sha256, want.dimension, versions[want.dimension], *answer)
                     append(row)
-                    waiting[number][dimension] = row
+                    waiting[number][want.place] = row
                 open_of[number] -= 1
                 if open_of[number] == 0:
                     yield Answer(number, refused=refused[number]) if number in refused else self._answer(clips[number], waiting[number])
+        shutil.rmtree(self._rows(out).parent / "clips", ignore_errors=True)
 
-    def _answer(self, clip: Clip, found: Mapping[str, Row | None]) -> Answer:
-        """Score rows of a clip. Flicker of a clip that moves is not told where it was filtered, and no colour of an object that was not seen."""
-        static = found.get(STATIC)
-        scores = []
-        for dimension, row in found.items():
+    def _answer(self, clip: Clip, found: Mapping[Place, Row | None]) -> Answer:
+        """Score rows of a clip. Flicker of what moves is not told where it was filtered, and no colour of an object that was not seen."""
+        parts: dict[str, list[Row]] = {}
+        for (dimension, begin, _), row in found.items():
             assert row is not None
-            if dimension == "color":
-                scores.append(Score(clip.id, SEEN, 100.0 * (row.value is not None)))
-            if row.value is not None and not (dimension == "temporal_flickering" and static is not None and static.value != 1):
-                scores.append(Score(clip.id, dimension, 100 * row.value))
+            whole = self.cut is not None and begin is None
+            parts.setdefault(WHOLE if whole else dimension, []).append(row)
+        still = {(row.begin, row.end) for row in parts.get(STATIC, ()) if row.value == 1}
+        scores = []
+        for name, several in parts.items():
+            told = [row.value for row in several if row.value is not None]
+            if name == "color":
+                scores.append(Score(clip.id, SEEN, 100.0 * bool(told)))
+            if name == "temporal_flickering" and STATIC in parts:
+                told = [row.value for row in several if row.value is not None and (row.begin, row.end) in still]
+            if told:
+                scores.append(Score(clip.id, name, 100 * math.fsum(told) / len(told)))
+            if name == "imaging_quality" and self.cut is not None and len(told) > 1 and _spans(several) == 2 * clip.fps:
+                scores.append(Score(clip.id, DRIFT, 100 * long.drift(told)))
         return Answer(clip.id, tuple(scores))
 
     def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
@@ -191,14 +233,15 @@ class VBench:
         versions, there = self._versions(), records.read_rows(self._rows(out), Row)
         asked: dict[str, list[Asked]] = {}
         for clip, entry in _entries(clips, out):
-            for want in _wanted(clip, entry, self._names()):
-                asked.setdefault(want.dimension, []).append(Asked(clip.id, clip.prompt_id, clip.sample, clip.sha256, want.text))
+            for want in self._wanted(clip, entry):
+                asked.setdefault(want.dimension, []).append(Asked(clip.id, clip.prompt_id, clip.sample, clip.sha256, want.text, want.begin, want.end))
         found: dict[str, dict[str, Any]] = {}
         for dimension in self.dimensions:
             if dimension not in asked or dimension not in versions:
                 continue
             try:
-                found[dimension] = self._dimension(dimension, asked, there, versions, partial)
+                dimension_of = _dimension if self.cut is None else _long_dimension
+                found[dimension] = dimension_of(dimension, asked, there, versions, partial)
             except UserError as error:
                 found[dimension] = {"value": None, "why": str(error)}
         try:
@@ -207,27 +250,75 @@ class VBench:
             return {"dimensions": found, "totals": None, "why": str(error)}
         return {"dimensions": found, "totals": points | ({"partial": True} if partial else {})}
 
-    @staticmethod
-    def _dimension(
-        name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool
-    ) -> dict[str, Any]:
-        questions, mine, note = asked[name], rows.of_version(there, name, versions[name]), ""
-        if name == "temporal_flickering" and STATIC in asked:
-            questions, short = rows.static(asked[STATIC], rows.of_version(there, STATIC, versions[STATIC]))
-            note = f"{short} prompts have fewer than five static clips" if short else ""
-        value = rows.value(name, questions, mine, partial=partial)
-        other = rows.value(name, questions, mine, partial=partial, distributed=True)
-        found: dict[str, Any] = {"value": value.percent, "clips": value.clips, "asked": value.asked}
-        if partial:
-            found["partial"] = True
-        if other.percent != value.percent:
-            found["in_several_processes"] = other.percent
-        if note or value.note:
-            found["note"] = note or value.note
-        return found
+    def _wanted(self, clip: Clip, entry: Entry) -> list[Want]:
+        names = [name for name in (*entry.dimensions, *([STATIC] if entry.filtered else [])) if name in self._names()]
+        whole = [Want(name, clip.prompt, entry.auxiliary.get(name, {})) for name in names]
+        if self.cut is None:
+            return whole
+        length = long.seconds(entry, entries(), self.cut) if entry.dimensions != CUSTOM else 2
+        cuts = long.segments(clip.frames, clip.fps, length)
+        parts = [dataclasses.replace(want, begin=begin, end=end) for want in whole for begin, end in cuts]
+        return [*parts, *(want for want in whole if want.dimension == "dynamic_degree")]
 
     def _rows(self, out: Path) -> Path:
         return out / "scores" / self.name / "rows.jsonl"
+
+
+def _dimension(name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool) -> dict[str, Any]:
+    """A dimension as VBench in one process counts it."""
+    questions, mine, note = asked[name], rows.of_version(there, name, versions[name]), ""
+    if name == "temporal_flickering" and STATIC in asked:
+        questions, short = rows.static(asked[STATIC], rows.of_version(there, STATIC, versions[STATIC]), partial=partial)
+        note = f"{short} prompts have fewer than five static clips" if short else ""
+    value = rows.value(name, questions, mine, partial=partial)
+    other = rows.value(name, questions, mine, partial=partial, distributed=True)
+    found: dict[str, Any] = {"value": value.percent, "clips": value.clips, "asked": value.asked}
+    if partial:
+        found["partial"] = True
+    if other.percent != value.percent:
+        found["in_several_processes"] = other.percent
+    if note or value.note:
+        found["note"] = note or value.note
+    return found
+
+
+def _long_dimension(
+    name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool
+) -> dict[str, Any]:
+    """A dimension as VBench-Long counts it, consistency within clips alone: the mean over videos of the mean over their clips."""
+    questions = [one for one in asked[name] if one.begin is not None]
+    mine = rows.of_version(there, name, versions[name])
+    rows.value(name, questions, mine, partial=partial)  # refuses what is missing
+    if name == "temporal_flickering" and STATIC in asked:
+        filtered = rows.of_version(there, STATIC, versions[STATIC])
+        still = {(one.prompt, one.sample, one.begin or 0): filtered[one.question].value == 1 for one in asked[STATIC] if one.question in filtered}
+        kept = long.first_static(still)
+        questions = [one for one in questions if (one.prompt, one.sample, one.begin or 0) in kept]
+    videos: dict[str, list[float | None]] = {}
+    for one in questions:
+        if one.question in mine:
+            videos.setdefault(one.clip, []).append(mine[one.question].value)
+    value, count = long.mean_of_videos(videos)
+    return {"value": 100 * value, "clips": count, "asked": len({one.clip for one in asked[name]}), **({"partial": True} if partial else {})}
+
+
+def reencode(source: Path, target: Path, begin: int, end: int, fps: int) -> None:
+    """Frames [begin, end) of a video as a video of their own, as torchvision's write_video makes it: libx264 at its defaults, 4:2:0."""
+    import av
+
+    if target.exists():
+        return
+    with records.atomic(target) as temporary, av.open(str(source)) as video, av.open(str(temporary), "w", format="mp4") as written:
+        stream: Any = written.add_stream("libx264", rate=fps)
+        stream.pix_fmt, stream.width, stream.height = "yuv420p", video.streams.video[0].width, video.streams.video[0].height
+        for frame in itertools.islice(video.decode(video=0), begin, end):
+            pixels = av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")
+            written.mux(stream.encode(pixels))
+        written.mux(stream.encode())
+
+
+def _spans(several: Sequence[Row]) -> int:
+    return max((row.end or 0) - (row.begin or 0) for row in several)
 
 
 @functools.cache
@@ -257,18 +348,12 @@ def _entries(clips: Sequence[Clip], out: Path) -> list[tuple[Clip, Entry]]:
         if number >= len(known) or (known[number].text, list(known[number].dimensions)) != (prompt["text"], prompt["dimensions"]):
             raise UserError(f"{out}: prompt {number} is not that of VBench's list; generate a suite with 'prompts: vbench'")
     filtered = {number for number, prompt in told.items() if (prompt.get("samples") or 0) > suite["samples"]}
-    return [(clip, _with_filter(known[clip.prompt_id]) if clip.prompt_id in filtered else known[clip.prompt_id]) for clip in clips]
-
-
-def _with_filter(entry: Entry) -> Entry:
-    return Entry(entry.text, (*entry.dimensions, STATIC), entry.auxiliary)
-
-
-def _wanted(clip: Clip, entry: Entry, names: Sequence[str]) -> list[Want]:
-    return [Want(name, clip.prompt, entry.auxiliary.get(name, {})) for name in entry.dimensions if name in names]
+    return [(clip, dataclasses.replace(known[clip.prompt_id], filtered=clip.prompt_id in filtered)) for clip in clips]
 
 
 ALL = tuple(T2V.dimensions)
 SCORER = VBench("vbench", ALL)
 QUALITY = VBench("vbench-quality", tuple(name for name, one in T2V.dimensions.items() if one.group == "quality"))
 OFFICIAL = VBench("vbench-official", ALL, driver="official")
+LONG = VBench("vbench-long", ALL, cut="2s")
+LONG_AS_RELEASED = VBench("vbench-long-as-released", ALL, cut="longest", reencode=True)

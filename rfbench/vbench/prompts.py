@@ -81,6 +81,7 @@ class Entry:
     text: str
     dimensions: tuple[str, ...]
     auxiliary: dict[str, Any] = field(default_factory=dict)
+    filtered: bool = False  # in a run: it has more clips than count, and the static filter chooses
 
 
 def entries(path: Path | None = None) -> tuple[Entry, ...]:

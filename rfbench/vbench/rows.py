@@ -44,6 +44,7 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+Question = tuple[str, str, int | None, int | None]  # sha256, text, begin, end
 Key = tuple[str, str, str, str, int | None, int | None]
 
 
@@ -56,6 +57,12 @@ class Asked:
     sample: int
     sha256: str
     text: str = ""
+    begin: int | None = None  # of a segment, as in Row
+    end: int | None = None
+
+    @property
+    def question(self) -> Question:
+        return self.sha256, self.text, self.begin, self.end
 
 
 @dataclass(frozen=True)
@@ -74,24 +81,24 @@ def key(row: Row) -> Key:
     return row.sha256, row.dimension, row.version, row.asked, row.begin, row.end
 
 
-def of_version(rows: Iterable[Row], dimension: str, version: str) -> dict[tuple[str, str], Row]:
-    """The rows of whole clips for a dimension, by sha256 and text.
+def of_version(rows: Iterable[Row], dimension: str, version: str) -> dict[Question, Row]:
+    """The rows of a dimension by what they answer.
 
     Raises:
         UserError: two rows answer the same question differently, or one is no possible answer (code 1).
     """
-    found: dict[tuple[str, str], Row] = {}
+    found: dict[Question, Row] = {}
     for row in rows:
-        if (row.dimension, row.version, row.begin) != (dimension, version, None):
+        if (row.dimension, row.version) != (dimension, version):
             continue
         _check(row)
-        first = found.setdefault((row.sha256, row.asked), row)
+        first = found.setdefault((row.sha256, row.asked, row.begin, row.end), row)
         if first != row:
             raise UserError(f"clip {row.sha256[:12]}... has two different values for {dimension}; score it again with --fresh", code=1)
     return found
 
 
-def value(dimension: str, asked: Sequence[Asked], rows: Mapping[tuple[str, str], Row], *, partial: bool = False, distributed: bool = False) -> Value:
+def value(dimension: str, asked: Sequence[Asked], rows: Mapping[Question, Row], *, partial: bool = False, distributed: bool = False) -> Value:
     """A dimension over the clips that were asked: sum of weight times value, by the sum of weights.
 
     `distributed` is VBench in several processes: subject consistency is the mean of the clips' means, and appearance style
@@ -100,11 +107,11 @@ def value(dimension: str, asked: Sequence[Asked], rows: Mapping[tuple[str, str],
     Raises:
         UserError: a clip has no row and `partial` was not asked for, or none counts (code 1).
     """
-    silent = [one.clip for one in asked if (one.sha256, one.text) not in rows]
+    silent = [one.clip for one in asked if one.question not in rows]
     if (silent and not partial) or len(silent) == len(asked):
         which = f" (not {', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''})" if silent else ""
         raise UserError(f"{dimension}: of {len(asked)} clips {len(asked) - len(silent)} have a value{which}; score them", code=1)
-    terms = [_term(rows[one.sha256, one.text], distributed) for one in asked if (one.sha256, one.text) in rows]
+    terms = [_term(rows[one.question], distributed) for one in asked if one.question in rows]
     weight = math.fsum(term[1] for term in terms)
     if weight == 0:
         raise UserError(f"{dimension} says something about none of {len(terms)} clips, so it has no value", code=1)
@@ -114,20 +121,20 @@ def value(dimension: str, asked: Sequence[Asked], rows: Mapping[tuple[str, str],
     return Value(100 * mean, len(terms) - dropped, len(asked), bool(silent), note)
 
 
-def static(asked: Sequence[Asked], rows: Mapping[tuple[str, str], Row]) -> tuple[list[Asked], int]:
+def static(asked: Sequence[Asked], rows: Mapping[Question, Row], *, partial: bool = False) -> tuple[list[Asked], int]:
     """The clips that temporal flickering is measured on: of each prompt the first five static ones, and how many prompts have fewer.
 
     First is by file name, as VBench sorts them: 0, 1, 10, 11, ..., 2, 20, ...
 
     Raises:
-        UserError: a clip was not filtered (code 1).
+        UserError: a clip was not filtered and `partial` was not asked for (code 1).
     """
     kept: dict[int, list[Asked]] = {one.prompt: [] for one in asked}
     for one in sorted(asked, key=lambda one: f"{one.sample}."):
-        row = rows.get((one.sha256, ""))
-        if row is None:
+        row = rows.get(one.question)
+        if row is None and not partial:
             raise UserError(f"clip {one.clip} has not been through the static filter; score it", code=1)
-        if row.value == 1 and len(kept[one.prompt]) < SAMPLES:
+        if row is not None and row.value == 1 and len(kept[one.prompt]) < SAMPLES:
             kept[one.prompt].append(one)
     return [one for clips in kept.values() for one in clips], sum(len(clips) < SAMPLES for clips in kept.values())
 
