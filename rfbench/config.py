@@ -5,10 +5,11 @@ Every key is a field that somebody reads; a setting that would not be used is a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from rfbench.errors import UserError, did_you_mean
 from rfbench.learning import EmaCfg as EmaCfg
@@ -374,6 +375,17 @@ class Study:
     profile: ProfileCfg | None = None
     needs: str = ""
 
+    def scaled(self, share: str) -> Study:
+        """The same table over a share of every suite's prompts, which then is part of the suites' names."""
+
+        def of(suite: str) -> str:
+            return f"{suite}@{share}"
+
+        contenders = tuple(replace(one, suites=None if one.suites is None else tuple(map(of, one.suites))) for one in self.contenders)
+        judged = tuple(replace(claim, suite=None if claim.suite is None else of(claim.suite)) for claim in self.claims)
+        title = f"{self.title}, {float(share):.3g} of the prompts"
+        return replace(self, title=title, suites=tuple(map(of, self.suites)), contenders=contenders, claims=judged)
+
 
 Noun = TypeVar("Noun")
 FOLDERS: dict[type, str] = {Recipe: "recipes", Baseline: "baselines", External: "baselines", Study: "recipes/studies"}
@@ -388,8 +400,9 @@ def names_of(kind: type) -> dict[str, Path]:
 
 
 def name_of(name_or_path: str) -> str:
-    """What the runs of a recipe, baseline or study are called that was given by name or by path."""
-    return Path(name_or_path).stem if name_or_path.endswith((".yaml", ".yml")) else name_or_path
+    """What the runs of a recipe, baseline or study are called that was given by name or by path; `@0.02` stays with it."""
+    whole, at, share = name_or_path.partition("@")
+    return (Path(whole).stem if whole.endswith((".yaml", ".yml")) else whole) + at + share
 
 
 def whole_name(kind: type, name: str) -> str:
@@ -429,9 +442,17 @@ def find(kind: type, name: str) -> Path:
 def load(kind: type[Noun], name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Noun:
     """Read a recipe, baseline or study by name or path, apply `KEY=VALUE` overrides, check every key.
 
+    `STUDY@0.02` is the study over two per cent of its prompts.
+
     Raises:
         UserError: unknown name, unknown key, wrong type, or a setting that would not be used; says where and what to do.
     """
+    if kind is Study and "@" in name:
+        name, _, share = name.rpartition("@")
+        if not re.fullmatch(r"0?\.\d*[1-9]\d*", share):
+            raise UserError(f"study '{name}': '{share}' is no share of its prompts; write one between 0 and 1, for example {name}@0.02")
+        whole: Any = load(Study, name, overrides)
+        return cast("Noun", whole.scaled(f"{float(share):g}"))
     return build(kind, load_plain(find(kind, name), overrides, kind), where=name)
 
 

@@ -1,7 +1,9 @@
 """Suites: which prompts, how many samples of each, how long, at which seed. Everything that two contenders must share.
 
 A suite is one of `SUITES`, a .jsonl file of prompts (`{"text": ..., "generate_from": ...}` per line) that is run with the
-defaults of `SuiteFile`, or a .yaml file with the fields of `SuiteFile`. Prompt text never becomes part of a path here
+defaults of `SuiteFile`, or a .yaml file with the fields of `SuiteFile`. `NAME@0.02` is two per cent of its prompts.
+
+Prompt text never becomes part of a path here
 (`rfbench.vbench.staging` makes the names that VBench wants).
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -24,27 +27,28 @@ from rfbench.vbench import prompts as vbench
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 LONGEST = 2000  # characters of a prompt
-VBENCH = "vbench"
+VBENCH, MOVIEGEN = "vbench", "moviegen"  # prompts that are not ours to ship
 
 
 @dataclass(frozen=True)
 class SuiteFile:
     """What a suite's .yaml file says."""
 
-    prompts: str  # a .jsonl file beside it, or `vbench`: the 946 prompts of VBench
+    prompts: str  # a .jsonl file beside it, `vbench` or `moviegen`
     extended: str | None = None  # what models are given, line by line: one of `rfbench.vbench.prompts.EXTENDED` or a .txt file beside it
     frames: int = 81  # pixel frames per clip
     fps: int = 16
     seed: int = 0
     samples: int = 1  # clips per prompt
     filtered: int | None = None  # vbench: clips per prompt of temporal flickering, of which its filter keeps the first static ones
+    first: int | None = None  # only so many prompts from the beginning of the file, which has them
     title: str = ""
 
     def __post_init__(self) -> None:
         if self.filtered is not None and (self.prompts != VBENCH or self.filtered <= self.samples):
             raise UserError(f"'filtered' is for 'prompts: {VBENCH}' and is more than 'samples'; leave it out")
-        for field, least in (("frames", 1), ("fps", 1), ("samples", 1), ("seed", 0)):
-            if getattr(self, field) < least:
+        for field, least in (("frames", 1), ("fps", 1), ("samples", 1), ("seed", 0), ("first", 1)):
+            if (getattr(self, field) or 0) < least and getattr(self, field) is not None:
                 raise UserError(f"'{field}' is {getattr(self, field)}; the least is {least}")
 
 
@@ -84,9 +88,12 @@ SUITES = {
     "toy-short": SuiteFile("toy-short.jsonl", frames=81, samples=2, title="toy world, 5 s: open, fixed and changing motion"),
     "toy-long": SuiteFile("toy-long.jsonl", frames=477, title="toy world, 30 s: motion that should hold"),
     "smoke": SuiteFile("smoke.jsonl", frames=33, title="two clips of 2 s, to see that everything runs"),
-    "vbench": SuiteFile(VBENCH, samples=5, filtered=25, title="VBench"),
-    "vbench-extended": SuiteFile(VBENCH, "self-forcing", samples=5, filtered=25, title="VBench, from rewritten prompts"),
-    "vbench-forcing": SuiteFile(VBENCH, "self-forcing", samples=5, title="VBench as the Forcing papers run it: rewritten prompts, no static filter"),
+    "vbench": SuiteFile(VBENCH, samples=5, filtered=25, first=946, title="VBench"),
+    "vbench-extended": SuiteFile(VBENCH, "self-forcing", samples=5, filtered=25, first=946, title="VBench, from rewritten prompts"),
+    "vbench-forcing": SuiteFile(
+        VBENCH, "self-forcing", samples=5, first=946, title="VBench as the Forcing papers run it: rewritten prompts, no static filter"
+    ),
+    "moviegen-60s": SuiteFile(MOVIEGEN, "moviegen-self-forcing", frames=957, first=128, title="MovieGen's first 128 prompts, rewritten, 60 s"),
 }
 
 Item = TypeVar("Item")
@@ -100,22 +107,70 @@ def load_suite(name_or_path: str, limit: int | None = None) -> Suite:
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves no prompt; the least is 1")
-    if name_or_path.endswith((".jsonl", ".yaml", ".yml")):
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise UserError(f"suite {path}: there is no such file")
-        if not re.fullmatch(r"\w[\w.-]*", path.stem, re.ASCII):
-            raise UserError(f"suite {path}: its clips go into a folder named after it, so name the file with letters, digits, '-' and '_' only")
-        name, folder = path.stem, path.parent
-        header = SuiteFile(path.name) if path.suffix == ".jsonl" else _read_header(path)
-    elif name_or_path in SUITES:
-        name, folder, header = name_or_path, PROMPTS, SUITES[name_or_path]
+    whole, share = split(name_or_path)
+    name, folder, header = header_of(whole)
+    if header.prompts == VBENCH:
+        prompts = _vbench_prompts(header)
+    elif header.prompts == MOVIEGEN:
+        prompts = tuple(Prompt(i, line) for i, line in enumerate(vbench.moviegen()))
     else:
-        raise UserError(f"there is no suite '{name_or_path}'{did_you_mean(name_or_path, SUITES)}")
-    prompts = _vbench_prompts(header) if header.prompts == VBENCH else _read_prompts(folder / header.prompts)
+        prompts = _read_prompts(folder / header.prompts)
     if header.extended is not None:
         prompts = _extended(prompts, header.extended, folder)
+    if len(prompts) < (header.first or 0):
+        raise UserError(f"suite '{name}' asks for the first {header.first} prompts, and there are {len(prompts)}; correct 'first'")
+    prompts = prompts[: header.first]
+    if share is not None:
+        name, prompts = f"{name}@{share:g}", stratified(prompts, share)
     return Suite(name, header.frames, header.fps, header.seed, header.samples, prompts[:limit])
+
+
+def split(name: str) -> tuple[str, float | None]:
+    """`vbench@0.02` as `vbench` and 0.02: a name, and the share of its prompts that is meant.
+
+    Raises:
+        UserError: what follows the @ is no share.
+    """
+    whole, at, text = name.rpartition("@")
+    if not at:
+        return name, None
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UserError(f"'{name}': write a share of the prompts between 0 and 1 after the @, for example {whole}@0.02")
+    return whole, share
+
+
+def header_of(name_or_path: str) -> tuple[str, Path, SuiteFile]:
+    """A suite's name, the folder of its files and what its file says; its prompts need not be there.
+
+    Raises:
+        UserError: no such suite or a wrong field.
+    """
+    if name_or_path in SUITES:
+        return name_or_path, PROMPTS, SUITES[name_or_path]
+    if not name_or_path.endswith((".jsonl", ".yaml", ".yml")):
+        raise UserError(f"there is no suite '{name_or_path}'{did_you_mean(name_or_path, SUITES)}")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(f"suite {path}: there is no such file")
+    if not re.fullmatch(r"\w[\w.-]*", path.stem, re.ASCII):
+        raise UserError(f"suite {path}: its clips go into a folder named after it, so name the file with letters, digits, '-' and '_' only")
+    return path.stem, path.parent, SuiteFile(path.name) if path.suffix == ".jsonl" else _read_header(path)
+
+
+def stratified(prompts: Sequence[Prompt], share: float) -> tuple[Prompt, ...]:
+    """A share of the prompts, evenly spaced among those of the same dimensions, at least one of each; with their ids, in their order."""
+    strata: dict[tuple[str, ...], list[Prompt]] = {}
+    for prompt in prompts:
+        strata.setdefault(prompt.dimensions, []).append(prompt)
+    kept = set()
+    for stratum in strata.values():
+        count = max(1, round(share * len(stratum)))
+        kept |= {stratum[int((i + 0.5) * len(stratum) / count)].id for i in range(count)}
+    return tuple(prompt for prompt in prompts if prompt.id in kept)
 
 
 def declared(suite: Suite) -> dict[str, Any]:

@@ -103,7 +103,8 @@ Find = Callable[[str, str], Path | None]  # (verb, name of a run) -> its directo
 
 def suite_name(suite: str) -> str:
     """What a suite is called that was given by name or by path."""
-    return Path(suite).stem if suite.endswith((".jsonl", ".yaml", ".yml")) else suite
+    whole, at, share = suite.partition("@")
+    return (Path(whole).stem if whole.endswith((".jsonl", ".yaml", ".yml")) else whole) + at + share
 
 
 def study_rows(study: Study, name: str) -> tuple[Row, ...]:

@@ -57,6 +57,13 @@ EXTENDED = {
         "prompts/vbench/all_dimension_extended.txt",
         "c78f1ad32974503efaa8cc935347ace88f3a8b571adde6687bc8425bbf417cf3",
     ),
+    "moviegen-self-forcing": Listed(
+        "MovieGen's prompts, rewritten for Self Forcing",
+        "guandeh17/Self-Forcing",
+        "33593df3e81fa3ec10239271dd2c100facac6de1",
+        "prompts/MovieGenVideoBench_extended.txt",
+        "50293c2717c8f2df5773154d4680c74e636ecb08eb4fe13cdce7357d0ab9d121",
+    ),
     "wan2.1": Listed(
         "by Wan2.1's own rewriting, Qwen2.5-3B at seed 42; the leaderboard's for Wan2.1-1.3B",
         "Vchitect/VBench",
@@ -72,6 +79,13 @@ EXTENDED = {
         "58ed0665de52c1bdb4820af01327f5cc1138bedbeedcc63902751056f6bf5768",
     ),
 }
+MOVIEGEN = Listed(
+    "MovieGen's 1003 prompts",
+    "guandeh17/Self-Forcing",
+    "33593df3e81fa3ec10239271dd2c100facac6de1",
+    "prompts/MovieGenVideoBench.txt",
+    "ae02a4bbebcb55067dbeea369e43d52a4817d57fd0ac223071b9aa236ac027c4",
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,19 @@ def rewritings(name_or_path: str, folder: Path) -> Sequence[str]:
         path = folder / name_or_path
     else:
         raise UserError(f"there is no list of rewritten prompts '{name_or_path}'{did_you_mean(name_or_path, EXTENDED)}; or name a .txt file")
+    return _lines(path)
+
+
+def moviegen() -> Sequence[str]:
+    """MovieGen's prompts.
+
+    Raises:
+        UserError: the file is not there or not the published one.
+    """
+    return _lines(_right(MOVIEGEN))
+
+
+def _lines(path: Path) -> Sequence[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
