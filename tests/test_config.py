@@ -272,3 +272,13 @@ def test_the_shipped_settings_call_devices_by_their_names(monkeypatch):
     names = {"cpu": "cpu", "NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA A100-SXM4-80GB": "a100"}
     assert {device: found.hardware_name(device) for device in names} == names
     assert schemas(SettingsFile) > {PathsCfg, Hardware}
+
+
+def test_a_study_over_a_share_of_its_prompts_has_it_in_every_name() -> None:
+    whole, some = config.load(Study, "toy"), config.load(Study, "toy@0.250")
+    assert some.suites == tuple(f"{suite}@0.25" for suite in whole.suites) and "0.25 of the prompts" in some.title
+    assert {claim.suite for claim in some.claims} <= {*some.suites, None}
+    assert {suite for contender in some.contenders for suite in contender.suites or ()} <= set(some.suites)
+    assert config.name_of("toy@0.25") == "toy@0.25" and config.name_of("there/mine.yaml@0.25") == "mine@0.25"
+    with pytest.raises(UserError, match="'2' is no share of its prompts"):
+        config.load(Study, "toy@2")

@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from rfbench import suites, world
 from rfbench.errors import UserError
-from rfbench.suites import SUITES, Suite, clip_id, clip_seed, load_suite, shard, suite_sha256
+from rfbench.suites import SUITES, Prompt, Suite, clip_id, clip_seed, load_suite, shard, stratified, suite_sha256
 
 FINE = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=200).filter(lambda text: text.strip())
 
@@ -207,3 +208,36 @@ def test_identity_knows_everything_but_the_name():
         shas.add(suite_sha256(Suite(**{**vars(base), field: value})))
     assert len(shas) == 6
     assert suite_sha256(Suite(**{**vars(base), "name": "other"})) == suite_sha256(base)
+
+
+def test_a_share_of_a_suite_has_all_its_strata_and_says_so_in_its_name() -> None:
+    kinds = [("scene",)] * 100 + [("color",)] * 10 + [("human_action",)]
+    prompts = [Prompt(i, f"prompt {i}", dimensions=kind) for i, kind in enumerate(kinds)]
+    kept = stratified(prompts, 0.1)
+    assert [sum(prompt.dimensions == (kind,) for prompt in kept) for kind in ("scene", "color", "human_action")] == [10, 1, 1]
+    assert [prompt.id for prompt in kept][:3] == [5, 15, 25] and list(kept) == sorted(kept, key=lambda prompt: prompt.id)
+    some, whole = load_suite("toy-short@0.25"), load_suite("toy-short")
+    assert some.name == "toy-short@0.25" and len(some.prompts) == len(whole.prompts) // 4
+    assert set(some.prompts) < set(whole.prompts) and suite_sha256(some) != suite_sha256(whole)
+    for wrong in ("toy-short@", "toy-short@2", "toy-short@0", "toy-short@x"):
+        with pytest.raises(UserError, match=r"write a share of the prompts between 0 and 1 after the @, for example toy-short@0\.02"):
+            load_suite(wrong)
+
+
+def test_the_first_prompts_of_a_file_can_be_a_suite_and_have_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": f"prompt {i}"}) + "\n" for i in range(5)))
+    (tmp_path / "few.yaml").write_text("{prompts: lines.jsonl, first: 3}")
+    assert [prompt.id for prompt in load_suite(str(tmp_path / "few.yaml")).prompts] == [0, 1, 2]
+    (tmp_path / "few.yaml").write_text("{prompts: lines.jsonl, first: 6}")
+    with pytest.raises(UserError, match="asks for the first 6 prompts, and there are 5"):
+        load_suite(str(tmp_path / "few.yaml"))
+
+
+def test_moviegen_is_taken_from_the_published_files_alone(folders: Path) -> None:
+    with pytest.raises(UserError, match=r"this suite needs prompts/MovieGenVideoBench\.txt of guandeh17/Self-Forcing; save https://raw"):
+        load_suite("moviegen-60s")
+    path = folders / "weights" / "guandeh17" / "Self-Forcing" / "prompts" / "MovieGenVideoBench.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("another prompt\n")
+    with pytest.raises(UserError, match="is not the published file"):
+        load_suite("moviegen-60s")
