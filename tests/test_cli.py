@@ -207,7 +207,7 @@ def test_lists_name_what_can_be_loaded(capsys):
     assert tuple(listing.ROWS) == cli.WHAT
     names = {what: [row["name"] for row in json.loads(call(capsys, "list", what, "--json")[1])] for what in ("recipes", "studies", "suites")}
     assert names["recipes"] == list(config.names_of(config.Recipe)) and names["studies"] == list(config.names_of(config.Study))
-    assert names["suites"] == ["toy-short", "toy-long", "smoke", "vbench", "vbench-extended", "vbench-forcing"]
+    assert names["suites"] == ["toy-short", "toy-long", "smoke", "vbench", "vbench-extended", "vbench-forcing", "moviegen-60s"]
 
 
 def test_a_broken_file_does_not_hide_the_others(capsys, folders):
