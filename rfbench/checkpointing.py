@@ -45,10 +45,10 @@ def checkpointed(model: WanDiT) -> None:
         block.forward = functools.partial(_forward, block.forward, block.layer)  # type: ignore[method-assign]
 
 
-def _forward(plain: Callable[..., Tensor], layer: int, x: Tensor, time: Tensor, text_kv: tuple[Tensor, Tensor], scope: Scope) -> Tensor:
+def _forward(plain: Callable[..., Tensor], layer: int, x: Tensor, time: Tensor, text: Tensor | tuple[Tensor, Tensor], scope: Scope) -> Tensor:
     if not torch.is_grad_enabled():
-        return plain(x, time, text_kv, scope)
+        return plain(x, time, text, scope)
     if isinstance(scope.cache, KVCache):
         scope = Scope(cache=Reread(scope.cache, layer))
-    found: Any = checkpoint(plain, x, time, text_kv, scope, use_reentrant=False, preserve_rng_state=False)
+    found: Any = checkpoint(plain, x, time, text, scope, use_reentrant=False, preserve_rng_state=False)
     return cast(Tensor, found)

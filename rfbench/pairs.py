@@ -27,6 +27,7 @@ from rfbench.config import Recipe
 from rfbench.data import ClipDraws, Pairs, Prompts, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.ode import solve
+from rfbench.parallel import Ranks
 from rfbench.progress import Progress, say
 from rfbench.sampler import timesteps
 from rfbench.settings import settings
@@ -119,15 +120,18 @@ def _shape_of(store: Any, file: Path) -> tuple[int, ...]:
     return shape
 
 
-def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path]) -> Pairs:
-    """The pairs of a recipe: from its file, or from its teacher, which is what the student starts from; what is not there yet is made.
+def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path], ranks: Ranks) -> Pairs:
+    """The pairs of a recipe: from its file, or from its teacher, which is what the student starts from; what is not there yet is made by all.
 
     Raises:
         UserError: the file is not what the recipe asks for; as `make`.
     """
     if "latents" in sources:
         return LmdbPairs(sources["latents"], timesteps(cfg.sampler), frames=cfg.latents)
-    made = make(cfg, teacher, prompts, inputs_of(cfg, sources))
+    inputs, shard = inputs_of(cfg, sources), None if ranks.size == 1 else f"{ranks.rank + 1}/{ranks.size}"
+    made = make(cfg, teacher, prompts, inputs, shard=shard)
+    ranks.wait()
+    made = made or make(cfg, teacher, prompts, inputs, shard=shard)  # the others' parts are there now
     assert made is not None, "whoever makes all parts finds all parts"
     return made
 

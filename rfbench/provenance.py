@@ -291,8 +291,11 @@ def alone(directory: Path) -> Iterator[None]:
 
 def _sweep(directory: Path) -> None:
     """Remove what writers that were killed had not finished."""
-    for path in directory.rglob(".*.tmp*"):
-        path.unlink(missing_ok=True)
+    for path in list(directory.rglob(".*.tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _remove(directory: Path) -> None:

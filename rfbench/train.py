@@ -1,32 +1,34 @@
 """`rfbench train`: from a recipe to weights and the baseline file that names them.
 
-One loop for every method. All randomness comes from one generator, whose state is in every checkpoint beside the weights
-and the optimisers, so a run that was killed and started again ends with the same bytes as one that was not.
+One loop for every method, and for one process or many (`rfbench.parallel`). All randomness comes from one generator, which is the same in
+every process and whose state is in every checkpoint beside the weights and the optimisers, so a run that was killed and started again ends
+with the same bytes as one that was not.
 
-    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100.pt, samples/step_000100/0.mp4, weights.safetensors, baseline.yaml}
+    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100/, samples/step_000100/0.mp4, weights.safetensors, baseline.yaml}
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, pairs, provenance, records, strict
+from rfbench import config, logbook, pairs, parallel, provenance, records, resume, strict
 from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
 from rfbench.checkpointing import checkpointed
 from rfbench.config import PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
-from rfbench.data import ClipStore, draw_clips, prompts_of
+from rfbench.data import ClipStore, Prompts, draw_clips, prompts_of
 from rfbench.errors import UserError
+from rfbench.logbook import Row, summary
 from rfbench.methods.base import METHODS, Batch, Method
-from rfbench.methods.redmd import effective_share
+from rfbench.parallel import Ranks, full, whole
 from rfbench.progress import Progress, say
 from rfbench.recipes import check, inputs_of, locate, memory
 from rfbench.registry import pick
@@ -35,74 +37,114 @@ from rfbench.sampler import generate
 from rfbench.settings import settings
 from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
-from rfbench.weights import Ema, read_file, save
+from rfbench.weights import Ema, save
 
 BESIDE = "activations, autoencoder, text encoder and reward come on top"
-KEPT = 2  # checkpoints; the older one is there in case the newer one's disk goes bad
-BINS = 10  # of timestep histograms, between 0 and 1000
-
-Row = dict[str, float | list[float]]  # of the log
+EXPLODED = 1e4  # times the norm that gradients are clipped to: nothing is learned from such a step, and the weights may be lost
 
 
-def train(recipe: str, overrides: Sequence[str] = (), *, name: str | None = None, fresh: bool = False, dry_run: bool = False) -> Path:
+def train(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    fresh: bool = False,
+    dry_run: bool = False,
+    share: int | None = None,
+    offload: bool = False,
+    tracker: str | None = None,
+) -> Path:
     """Train a recipe, or go on training where a run of the same recipe stopped.
+
+    Args:
+        share: how many of the processes that were launched have one copy of every network between them; null is those of a node.
+        offload: frozen networks wait in the CPU's memory.
+        tracker: where figures go beside `log.jsonl`, see `logbook.TRACKERS`.
 
     Returns:
         the run directory, with `weights.safetensors` and `baseline.yaml` in it.
 
     Raises:
-        UserError: the recipe is wrong, its weights are missing, the directory holds another run, or the loss is not finite (code 1).
+        UserError: the recipe is wrong, its weights are missing, the directory holds another run, or training broke down (code 1).
     """
-    recipe = config.whole_name(Recipe, recipe)
-    path = config.find(Recipe, recipe)
-    cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
-    check(cfg)
-    name = name or config.name_of(recipe)
-    directory = settings().runs / "train" / name
-    if dry_run:
-        plan = memory(cfg)
-        each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
-        say(f"memory: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
-    sources = locate(cfg, path)
-    if dry_run:
+    with parallel.joined(share=share, offload=offload) as ranks:
+        recipe = config.whole_name(Recipe, recipe)
+        path = config.find(Recipe, recipe)
+        cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
+        check(cfg)
+        if tracker is not None:
+            logbook.check_tracker(tracker)
+        ranks.deal(*clips_of(cfg))
+        name = name or config.name_of(recipe)
+        directory = settings().runs / "train" / name
+        if dry_run and ranks.first:
+            plan = memory(cfg)
+            each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
+            say(f"memory: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
+        sources = locate(cfg, path)
+        if not dry_run:
+            _train(cfg, name, directory, sources, ranks, fresh=fresh, tracker=tracker)
         return directory
-    with provenance.session(directory, "train", name, inputs_of(cfg, sources), fresh=fresh) as run:
-        if run.done and not all((directory / file).exists() for file in ("weights.safetensors", "baseline.yaml")):
-            run.reopen()
-        if not run.done:
-            run.record(device=str(device()), threads=torch.get_num_threads())
-            run.result.update(Trainer(cfg, directory, sources).run(run.run.recorded, run.run.fingerprint, name))
-    return directory
+
+
+def _train(cfg: Recipe, name: str, directory: Path, sources: dict[str, Path], ranks: Ranks, *, fresh: bool, tracker: str | None) -> None:
+    """Train inside a session of the run's directory, which the first process holds for all."""
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(provenance.session(directory, "train", name, inputs_of(cfg, sources), fresh=fresh)) if ranks.first else None
+        if run is not None:
+            if run.done and not all((directory / file).exists() for file in ("weights.safetensors", "baseline.yaml")):
+                run.reopen()
+            if not run.done:
+                shared = 1 if ranks.mesh is None else ranks.mesh.size(1)
+                run.record(device=str(device()), threads=torch.get_num_threads(), processes=ranks.size, shared_by=shared, offload=ranks.offload)
+        known = ranks.told(None if run is None or run.done else (run.run.recorded, run.run.fingerprint))
+        if known is not None:
+            recorded, fingerprint = known
+            result = Trainer(cfg, directory, sources, ranks).run(recorded, fingerprint, name, tracker=tracker)
+            if run is not None:
+                run.result.update(result)
+
+
+def clips_of(cfg: Recipe) -> tuple[int, int]:
+    """Clips of one step, and micro-batches that they come in: as released, a step is one micro-batch of one clip per GPU (D-1)."""
+    return (cfg.batch // cfg.accumulate,) * 2 if cfg.stepping == "as_released" else (cfg.batch, cfg.accumulate)
 
 
 class Trainer:
     """State of a training run: modules, their optimisers, the average, the generator, the step."""
 
-    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path]) -> None:
-        self.cfg, self.directory, self.precision = cfg, directory, cfg.precision or PrecisionCfg()
-        self.rng = torch.Generator().manual_seed(cfg.seed)
+    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path], ranks: Ranks | None = None) -> None:
+        self.cfg, self.directory, self.precision, self.ranks = cfg, directory, cfg.precision or PrecisionCfg(), ranks or Ranks()
+        self.rng = self._generator()
+        self.prompts: Prompts | None = None  # of a clip, where its seed says it
         self.student = self._student(sources)
         self.method = self._method(sources)
-        if cfg.checkpointing:
-            for module in {self.student.denoiser, *self.method.modules.values()}:
-                if isinstance(module, WanDiT):
-                    checkpointed(module)
+        for module in self.method.modules.values():
+            if cfg.checkpointing and isinstance(module, WanDiT):
+                checkpointed(module)
+            self.ranks.split_trained(module)
+        for frozen in self.method.frozen.values():
+            self.ranks.split_frozen(frozen)
         optims = {"generator": cfg.optim} | ({"critic": cfg.scores.critic_optim} if cfg.scores else {})
         self.updaters = {role: Updater(module, optims[role]) for role, module in self.method.modules.items()}
         self.generator = self.updaters["generator"]
         self.ema: Ema | None = None
         self.step = 0
 
+    def _generator(self) -> torch.Generator:
+        """What says the seeds of all clips, from the first step on."""
+        return torch.Generator().manual_seed(self.cfg.seed)
+
     def _student(self, sources: dict[str, Path]) -> Backbone:
         cfg = self.cfg
         if cfg.init is not None:
-            return self._load(cfg.backbone, cfg.init, sources["student"], self.precision.student)
-        student = open_backbone(cfg.backbone, precision=self.precision.student)
-        student.fresh(cfg.seed)
-        return _moved(student)
-
-    def _load(self, backbone: str, weights: WeightsCfg, file: Path, precision: str | None) -> Backbone:
-        return _moved(load(backbone, weights, file, precision=precision))
+            student = load(cfg.backbone, cfg.init, sources["student"], precision=self.precision.student)
+        else:
+            student = open_backbone(cfg.backbone, precision=self.precision.student)
+            student.fresh(cfg.seed)
+        assert isinstance(student, nn.Module)
+        student.to(device())
+        return student
 
     def _method(self, sources: dict[str, Path]) -> Method:
         cfg, student = self.cfg, self.student
@@ -111,20 +153,33 @@ class Trainer:
             return kind(cfg, student, self._rendered())
         prompts = prompts_of(sources.get("prompts"))
         if cfg.method == "ode":
-            return kind(cfg, student, pairs.of(cfg, student, prompts, sources))
+            return kind(cfg, student, pairs.of(cfg, student, prompts, sources, self.ranks))
         scores, precision = cfg.scores, self.precision
         assert scores is not None
-        teacher = self._load(scores.teacher_backbone or cfg.backbone, scores.teacher, sources["teacher"], precision.teacher)
+        teacher = load(scores.teacher_backbone or cfg.backbone, scores.teacher, sources["teacher"], precision=precision.teacher)
+        teacher.remember([scores.negative] if scores.guidance != 1.0 else [])
         critic = None
         if "critic" in sources or precision.critic != precision.teacher:
             file = sources.get("critic", sources["teacher"])
-            critic = self._load(cfg.backbone, scores.critic or scores.teacher, file, precision.critic).denoiser
+            critic = load(cfg.backbone, scores.critic or scores.teacher, file, precision=precision.critic).denoiser
         clips = None
         if "latents" in sources:
             clips = pairs.LmdbPairs(sources["latents"], (), frames=cfg.latents).ends
         elif cfg.data.clips is not None:
             clips = self._rendered().pick
+        if clips is None:
+            self.prompts = prompts
+            self._remember(prompts)
         return kind(cfg, student, teacher, critic=critic, prompts=prompts, clips=clips)
+
+    def _remember(self, prompts: Prompts) -> None:
+        """Embed the prompts of all clips of this process before training, so that no text encoder has to be in memory then."""
+        rng, (clips, parts), scores = self._generator(), clips_of(self.cfg), self.cfg.scores
+        seeds = [seed for _ in range(self.cfg.steps) for part in self._own(_draw(rng, clips), parts) for seed in part.seeds]
+        if scores is not None and scores.rollouts == "separate":
+            seeds += Batch(tuple(seeds), 0).other().seeds
+        self.student.remember([*dict.fromkeys(prompts(seeds)), *(self.cfg.samples.prompts if self.cfg.samples is not None else ())])
+
 
     def _rendered(self) -> ClipStore:
         """Clips of the toy world."""
@@ -133,25 +188,34 @@ class Trainer:
         with Progress("rendering clips", cfg.data.clips):
             return draw_clips(self.student.encode_pixels, seed=cfg.data.seed, count=cfg.data.clips, frames=pixel_frames(cfg.latents))
 
-    def run(self, recorded: dict[str, Any], fingerprint: str, name: str) -> dict[str, Any]:
+    def run(self, recorded: dict[str, Any], fingerprint: str, name: str, *, tracker: str | None = None) -> dict[str, Any]:
         """Train to the end; write checkpoints, the log, the weights and the baseline. Returns headline numbers."""
         self._resume()
-        log = self.directory / "log.jsonl"
-        _keep_rows(log, self.step)
-        with records.appending(log) as append, Progress(name, self.cfg.steps, done=self.step) as progress:
+        with contextlib.ExitStack() as stack:
+            log = progress = None
+            if self.ranks.first:
+                about = {"recipe": self.cfg.title, "method": self.cfg.method, "seed": self.cfg.seed, "fingerprint": fingerprint}
+                log = stack.enter_context(logbook.writing(self.directory, name, self.step, tracker=tracker, about=about))
+                progress = stack.enter_context(Progress(name, self.cfg.steps, done=self.step))
             rows: list[Row] = []
             while self.step < self.cfg.steps:
                 rows.append(self._advance())
+                if progress is not None:
+                    progress.advance(1, logbook.numbers(rows[-1]))
                 if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
-                    append({"step": self.step} | means(rows))
+                    if log is not None:
+                        log(self.step, rows)
                     rows = []
-                progress.advance(1, _numbers(rows[-1]) if rows else None)
                 if self.cfg.samples is not None and self.step % self.cfg.samples.every == 0:
                     self._sample(self.cfg.samples)
                 if self.step % self.cfg.checkpoint_every == 0 and self.step < self.cfg.steps:
                     self._checkpoint()
         self._finish(recorded, fingerprint, name)
         return {"steps": self.step, "updates": {role: updater.steps for role, updater in self.updaters.items()}}
+
+    def _own(self, seeds: list[int], parts: int) -> Sequence[Batch]:
+        """The micro-batches of a step that this process computes."""
+        return self.ranks.own(Batch(tuple(seeds[1:]), seeds[0]).split(self.ranks.deal(len(seeds) - 1, parts)))
 
     def _advance(self) -> Row:
         """One optimiser step of every module whose turn it is; what happened, in figures.
@@ -160,32 +224,35 @@ class Trainer:
         every `accumulate`-th. Only then does it clear them, and only then has the generator a turn (D-1).
         """
         cfg, released = self.cfg, self.cfg.stepping == "as_released"
-        whole = not released or self.step % cfg.accumulate == 0
-        turns = self.method.turns(self.step // cfg.accumulate if released else self.step) if whole else ("critic",)
-        clips = cfg.batch // cfg.accumulate if released else cfg.batch
-        parts = clips if released else cfg.accumulate
-        seeds = torch.randint(2**62, (clips + 1,), generator=self.rng).tolist()
+        whole_step = not released or self.step % cfg.accumulate == 0
+        turns = self.method.turns(self.step // cfg.accumulate if released else self.step) if whole_step else ("critic",)
+        clips, parts = clips_of(cfg)
+        seeds = _draw(self.rng, clips)
+        own = self._own(seeds, parts)
         stats: dict[str, list[Tensor]] = {}
-        for part in Batch(tuple(seeds[1:]), seeds[0]).split(parts):
-            losses, seen = self.method.losses(part, turns)
-            for loss in losses.values():
-                (loss / parts / (cfg.accumulate if released else 1)).backward()
-            for role in turns:
-                self.updaters[role].gather()
-            for key, value in seen.items():
-                stats.setdefault(key, []).append(value.detach().double().cpu())
-        norms = {f"grad_norm_{role}": self._clip(role, seeds) for role in turns}
+        with whole(self.method.modules.values()):
+            for part in own:
+                losses, seen = self.method.losses(part, turns)
+                for loss in losses.values():
+                    (loss / len(own) / (cfg.accumulate if released else 1)).backward()
+                for role in turns:
+                    self.updaters[role].gather()
+                for key, value in seen.items():
+                    stats.setdefault(key, []).append(value.detach().double().cpu())
+        figures = self.ranks.together({key: torch.cat(values) for key, values in stats.items()})
+        norms = {role: self.updaters[role].clip() for role in turns}
+        self._refuse_breakdown(norms, figures, seeds)
         for role in turns:
             updater = self.updaters[role]
-            for _ in range(2 if released and whole else 1):
+            for _ in range(2 if released and whole_step else 1):
                 updater.step(schedule(updater.cfg, self.step, cfg.steps))
                 if released and role == "generator" and self.ema is not None:
                     self.ema.update(updater.masters)
-            if whole:
+            if whole_step:
                 updater.clear()
         self.step += 1
         self._average(turns)
-        return norms | summary({key: torch.cat(values) for key, values in stats.items()})
+        return {f"grad_norm_{role}": norm for role, norm in norms.items()} | summary(figures)
 
     def _average(self, turns: tuple[str, ...]) -> None:
         """Begin the moving average, or go on. The release begins it whosever turn it is, and goes on after every step of the optimiser."""
@@ -198,46 +265,54 @@ class Trainer:
         elif self.ema is not None and turn and not released:
             self.ema.update(self.generator.masters)
 
-    def _clip(self, role: str, seeds: list[int]) -> float:
-        """The gradient norm before clipping."""
-        norm = self.updaters[role].clip()
-        if not math.isfinite(norm):
-            records.write_json(self.directory / "broken_batch.json", {"step": self.step, "role": role, "seeds": seeds})
+    def _refuse_breakdown(self, norms: Mapping[str, float], figures: Mapping[str, Tensor], seeds: list[int]) -> None:
+        """Stop before a step that would spoil the weights; every process finds the same, and the first one writes down what it was."""
+        for role, norm in norms.items():
+            limit = EXPLODED * self.updaters[role].cfg.clip
+            problem = (
+                "is not finite" if not math.isfinite(norm) else f"has norm {norm:.3g}, where {limit:.3g} is beyond repair" if norm > limit else None
+            )
+            if problem is None:
+                continue
+            prompts = self.prompts(seeds[1:]) if self.prompts is not None else [None] * (len(seeds) - 1)
+            clips: list[dict[str, Any]] = [
+                {"seed": seed, "prompt": prompt} | {key: _json(float(value[number])) for key, value in figures.items()}
+                for number, (seed, prompt) in enumerate(zip(seeds[1:], prompts, strict=True))
+            ]
+            broken = self.directory / "broken_batch.json"
+            if self.ranks.first:
+                records.write_json(broken, {"step": self.step, "role": role, "norm": _json(norm), "shared_seed": seeds[0], "clips": clips})
             raise UserError(
-                f"training broke down at step {self.step}: the {role}'s gradient is not finite; the batch's seeds are in "
-                f"{self.directory / 'broken_batch.json'} and the last good checkpoint is kept",
+                f"training broke down at step {self.step}: the {role}'s gradient {problem}; the batch and its seeds are in {broken} "
+                "and the last good checkpoint is kept",
                 code=1,
             )
-        return norm
+
+    def _tensors(self, *, primed: bool = False) -> dict[str, Any]:
+        """All tensors that training goes on from; `primed` for being filled."""
+        ema = {} if self.ema is None else dict(zip(self.generator.names, self.ema.average, strict=True))
+        return {"roles": {role: updater.tensors(primed=primed) for role, updater in self.updaters.items()}, "ema": ema}
 
     def _checkpoint(self) -> None:
-        folder = self.directory / "checkpoints"
-        state = {
-            "step": self.step,
-            "rng": self.rng.get_state(),
-            "modules": {role: module.state_dict() for role, module in self.method.modules.items()},
-            "updaters": {role: updater.state() for role, updater in self.updaters.items()},
-            "ema": None if self.ema is None else self.ema.average,
-        }
-        with records.atomic(folder / f"step_{self.step:06d}.pt") as temporary, temporary.open("wb") as file:
-            torch.save(state, file)  # given a path, it would write the temporary name into the archive
-        for old in sorted(folder.glob("step_*.pt"))[:-KEPT]:
-            old.unlink()
+        steps = {role: updater.steps for role, updater in self.updaters.items()}
+        facts = {"updates": steps, "averaging": self.ema is not None, "rng": self.rng.get_state().numpy().tobytes().hex()}
+        resume.save(self.directory / "checkpoints", self.step, self._tensors(), facts, self.ranks)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = sorted((self.directory / "checkpoints").glob("step_*.pt"))
-        if not found:
+        found = resume.newest(self.directory / "checkpoints")
+        if found is None:
             return
-        state = read_file(found[-1])
-        self.step = int(state["step"])
-        self.rng.set_state(state["rng"])
-        for role, module in self.method.modules.items():
-            module.load_state_dict(state["modules"][role])
-            self.updaters[role].load(state["updaters"][role])
-        if state["ema"] is not None:
+        path, facts = found
+        if facts["averaging"]:
             assert self.cfg.ema is not None
-            self.ema = Ema((average.to(device()) for average in state["ema"]), self.cfg.ema.decay)
+            self.ema = Ema(self.generator.masters, self.cfg.ema.decay)
+        resume.load(path, self._tensors(primed=True), self.ranks)
+        self.step = int(facts["step"])
+        self.rng.set_state(torch.frombuffer(bytearray.fromhex(facts["rng"]), dtype=torch.uint8))
+        for role, updater in self.updaters.items():
+            updater.steps = int(facts["updates"][role])
+            updater.round()
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -253,14 +328,16 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(self, cfg: SamplesCfg) -> None:
-        """Render the recipe's samples."""
+        """Render the recipe's samples, in the first process; the others wait."""
         shape, seeds = self.student.shape, [cfg.seed + number for number in range(len(cfg.prompts))]
-        with self._averaged():
-            pixels = as_uint8(torch.cat(list(generate(self.student, cfg.prompts, cfg.latents, self.cfg.sampler, seeds)), dim=1)).cpu().numpy()
-        for number, clip in enumerate(pixels):
-            out = self.directory / "samples" / f"step_{self.step:06d}" / f"{number}.mp4"
-            with writing(out, fps=shape.fps, height=shape.pixel_height, width=shape.pixel_width) as write:
-                write(clip)
+        with self._averaged(), whole(self.method.modules.values()):
+            if self.ranks.first:
+                pixels = as_uint8(torch.cat(list(generate(self.student, cfg.prompts, cfg.latents, self.cfg.sampler, seeds)), dim=1)).cpu().numpy()
+                for number, clip in enumerate(pixels):
+                    out = self.directory / "samples" / f"step_{self.step:06d}" / f"{number}.mp4"
+                    with writing(out, fps=shape.fps, height=shape.pixel_height, width=shape.pixel_width) as write:
+                        write(clip)
+            self.ranks.wait()
 
     def _finish(self, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
         """Write the weights (the average, where there is one) and the baseline that names them.
@@ -272,14 +349,26 @@ class Trainer:
         weights = self.directory / "weights.safetensors"
         about = {"recipe": self.cfg.title, "fingerprint": fingerprint, "seed": str(self.cfg.seed)}
         with self._averaged():
-            save(weights, self.generator.exact(model.state_dict(keep_vars=True)), about)
-        write_baseline(self.directory / "baseline.yaml", self.cfg, weights, recorded, fingerprint, name)
+            exact = {}
+            for key, tensor in self.generator.exact(model.state_dict(keep_vars=True)).items():
+                together = full(tensor)  # by all processes, one tensor after the other
+                if self.ranks.first:
+                    exact[key] = together.cpu()
+            if self.ranks.first:
+                save(weights, exact, about)
+        if self.ranks.first:
+            write_baseline(self.directory / "baseline.yaml", self.cfg, weights, recorded, fingerprint, name)
+        self.ranks.wait()
 
 
-def _moved(backbone: Backbone) -> Backbone:
-    assert isinstance(backbone, nn.Module)
-    backbone.to(device())
-    return backbone
+def _draw(rng: torch.Generator, clips: int) -> list[int]:
+    """Seeds of a step: what its clips have in common, then each clip's own."""
+    return torch.randint(2**62, (clips + 1,), generator=rng).tolist()
+
+
+def _json(value: float) -> float | str:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else str(value)
 
 
 def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
@@ -299,38 +388,3 @@ def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, A
     )
     plain = {key: value for key, value in strict.as_plain(trained).items() if value not in (None, [], {})}
     records.write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-
-
-def summary(stats: dict[str, Tensor]) -> Row:
-    """Means of per-clip statistics, with spread and effective sample size where they decide something; of timesteps, a histogram."""
-    row: Row = {}
-    for key, value in stats.items():
-        row[key] = (value.histc(BINS, 0, 1000) / len(value)).tolist() if key.endswith("timestep") else float(value.mean())
-    if "weight" in stats:
-        row["reward_std"] = float(stats["reward"].std(correction=0))
-        row["weight_max"] = float(stats["weight"].max())
-        row["weight_ess"] = effective_share(stats["weight"])
-    return row
-
-
-def means(rows: Sequence[Row]) -> Row:
-    """Mean of every figure over the steps that have it: the generator's are there at its own steps alone."""
-    found: Row = {}
-    for key in sorted({key for row in rows for key in row}):
-        there = [row[key] for row in rows if key in row]
-        lists = [value if isinstance(value, list) else [value] for value in there]
-        mean = [math.fsum(values) / len(values) for values in zip(*lists, strict=True)]
-        found[key] = mean if isinstance(there[0], list) else mean[0]
-    return found
-
-
-def _numbers(row: Row) -> dict[str, float]:
-    """What of a row has a place in a line of progress."""
-    return {key: value for key, value in row.items() if isinstance(value, float)}
-
-
-def _keep_rows(log: Path, step: int) -> None:
-    """Drop log rows of steps that are about to be taken again."""
-    everything: list[dict[str, Any]] = records.read_rows(log, dict[str, Any])
-    rows = [row for row in everything if row["step"] <= step]
-    records.write_text(log, "".join(records.canonical(row) + "\n" for row in rows))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench.config import OptimCfg
+from rfbench.parallel import full
 
 
 class Updater:
@@ -20,8 +21,9 @@ class Updater:
 
     def __init__(self, module: nn.Module, cfg: OptimCfg) -> None:
         self.cfg = cfg
+        self.module = module
         named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
-        self.weights = [weight for _, weight in named]
+        self.names, self.weights = [name for name, _ in named], [weight for _, weight in named]
         self.masters = [weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()) for weight in self.weights]
         self.optimisers = optimisers([(name, master) for (name, _), master in zip(named, self.masters, strict=True)], cfg)
         self.steps = 0  # taken
@@ -34,8 +36,8 @@ class Updater:
                 weight.grad = None
 
     def clip(self) -> float:
-        """Scale the gradients down to the largest norm that is allowed; the norm before."""
-        return float(nn.utils.clip_grad_norm_(self.masters, self.cfg.clip))
+        """Scale the gradients down to the largest norm that is allowed; the norm before, of all processes' parts together."""
+        return float(full(nn.utils.clip_grad_norm_(self.masters, self.cfg.clip)))
 
     def step(self, share: float) -> None:
         """One step of every optimiser at `share` of the learning rate."""
@@ -61,20 +63,25 @@ class Updater:
         copies = {id(weight): master.detach() for weight, master in self._copied()}
         return {name: copies.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "masters": [master.detach() for _, master in self._copied()],
-            "optims": [o.state_dict() for o in self.optimisers],
-        }
+    def tensors(self, *, primed: bool = False) -> dict[str, Any]:
+        """All that training goes on from, by name: weights, those with a copy as that, and the optimisers' state.
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
-        for (_, master), saved in zip(self._copied(), state["masters"], strict=True):
-            master.copy_(saved)
-        for optim, saved in zip(self.optimisers, state["optims"], strict=True):
-            optim.load_state_dict(saved)
+        They are the tensors themselves and can be filled; then `round` is due. `primed` makes the state of optimisers that never stepped.
+        """
+        if primed:
+            self._prime()
+        state = {id(weight): held for optim in self.optimisers for weight, held in optim.state.items()}
+        held = {name: dict(state[id(master)]) for name, master in zip(self.names, self.masters, strict=True) if id(master) in state}
+        return {"weights": self.exact(self.module.state_dict(keep_vars=True)), "optimiser": held}
+
+    def _prime(self) -> None:
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        for optim in self.optimisers:
+            for group in optim.param_groups:
+                group["lr"] = 0.0
+            optim.step()
+        self.clear()
 
     def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [(weight, master) for weight, master in zip(self.weights, self.masters, strict=True) if weight is not master]

@@ -373,4 +373,5 @@ class Ema:
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[Tensor]) -> None:
         """Put the average in place of the parameters."""
-        torch._foreach_copy_(list(parameters), self.average)
+        for parameter, average in zip(parameters, self.average, strict=True):
+            parameter.copy_(average)

@@ -20,7 +20,7 @@ LAYERS = [
         *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
         *("vbench", "published", "envs", "processes"),
     },
-    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "updates"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
     {
         "sampler",
         "rolling",
@@ -33,11 +33,12 @@ LAYERS = [
         "checkpointing",
         "flops",
         "naive",
+        "parallel",
         "vbench_worker",
         "external",
     },
-    {"methods", "scorers", "timing", "recipes"},
-    {"pairs", "stopwatch", "ladder"},
+    {"methods", "scorers", "timing", "recipes", "updates", "resume"},
+    {"pairs", "stopwatch", "ladder", "logbook"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "rehearsal"},
     {"cli"},
 ]

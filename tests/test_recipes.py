@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench import config
+from rfbench.backbones.wan.dit import WanDiT
 from rfbench.checkpointing import checkpointed
 from rfbench.config import CacheCfg, OptimCfg, Recipe, RewardCfg, RolloutCfg
 from rfbench.data import draw_prompts, prompts_of
@@ -150,8 +151,16 @@ def test_weights_in_bfloat16_have_float32_copies() -> None:
         updater.clear()
     assert updater.masters[0].item() == pytest.approx(0.99, abs=1e-5) and module.weight.item() == torch.tensor(0.99).bfloat16().item()
     other = Updater(nn.Linear(1, 1, bias=False).to(torch.bfloat16), updater.cfg)
-    other.load(updater.state())
-    assert torch.equal(other.masters[0], updater.masters[0]) and other.steps == 100
+    saved, filled = updater.tensors(), other.tensors(primed=True)
+    assert set(saved["optimiser"]["weight"]) == set(filled["optimiser"]["weight"]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(saved["weights"]) == {"weight"}
+    with torch.no_grad():
+        for place, value in ((filled, saved), (filled["optimiser"], saved["optimiser"])):
+            tensors = value["weights"] if "weights" in value else value["weight"]
+            for name, tensor in tensors.items():
+                (place["weights"] if "weights" in place else place["weight"])[name].copy_(tensor)
+    other.round()
+    assert torch.equal(other.masters[0], updater.masters[0]) and torch.equal(other.weights[0], module.weight)
     (exact,) = updater.exact(module.state_dict(keep_vars=True)).values()
     assert exact.dtype == torch.float32 and torch.equal(exact, updater.masters[0])
     plain = nn.Linear(1, 1)
@@ -166,6 +175,7 @@ class Pulls:
         self.every = recipe.scores.generator_every
         self.w = {role: nn.Parameter(torch.tensor([0.25])) for role in ("generator", "critic")}
         self.modules: dict[str, nn.Module] = {role: nn.ParameterList([w]) for role, w in self.w.items()}
+        self.frozen: dict[str, WanDiT] = {}
         self.seen: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
     def turns(self, step: int) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from rfbench import config
 from rfbench.backbones import toy
 from rfbench.backbones.base import BACKBONES, load
+from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Baseline, OptimCfg, Recipe, WeightsCfg
 from rfbench.errors import UserError
+from rfbench.logbook import means, summary
 from rfbench.methods.base import METHODS, Batch
 from rfbench.recipes import check
 from rfbench.records import read_run, sha256_of
@@ -26,7 +29,7 @@ from rfbench.registry import pick
 from rfbench.reward import REWARDS
 from rfbench.scorers.base import SCORERS
 from rfbench.settings import settings
-from rfbench.train import Trainer, means, summary, train
+from rfbench.train import Trainer, train
 from rfbench.updates import schedule
 from tests.tiny import Tiny
 
@@ -107,7 +110,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(method: str,
 
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     directory = train(write(tmp_path, "flow"))
-    assert sorted(file.name for file in (directory / "checkpoints").iterdir()) == ["step_000004.pt", "step_000006.pt"]
+    assert sorted(file.name for file in (directory / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -188,11 +191,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path: Pa
         interrupt(patch, "flow", 5)
         with pytest.raises(Interrupted):
             train(path, name="damaged")
-    newest = straight.parent / "damaged" / "checkpoints" / "step_000004.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"step_000004.pt is not a readable checkpoint"):
+    newest = straight.parent / "damaged" / "checkpoints" / "step_000004"
+    (data,) = newest.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"step_000004 is not a readable checkpoint"):
         train(path, name="damaged")
-    newest.unlink()
+    shutil.rmtree(newest)
     again = train(path, name="damaged")
     assert (again / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
     assert (again / "log.jsonl").read_bytes() == (straight / "log.jsonl").read_bytes()
@@ -219,7 +223,7 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
     assert run.status == "failed" and run.error == str(raised.value)
     broken = json.loads((directory / "broken_batch.json").read_text())
     assert broken["step"] == 3 and broken["role"] == "generator"
-    assert [file.name for file in (directory / "checkpoints").iterdir()] == ["step_000002.pt"]
+    assert [file.name for file in (directory / "checkpoints").iterdir()] == ["step_000002"]
     assert not (directory / "weights.safetensors").exists() and not (directory / "baseline.yaml").exists()
     train(path)
     assert read_run(directory).status == "done"
@@ -307,6 +311,7 @@ class Quadratic:
     def __init__(self, recipe: Recipe, student: Any, store: Any) -> None:
         self.w = nn.Parameter(torch.tensor([0.25]))
         self.modules: dict[str, nn.Module] = {"generator": nn.ParameterList([self.w])}
+        self.frozen: dict[str, WanDiT] = {}
         self.batches: list[Batch] = []
 
     def turns(self, step: int) -> tuple[str, ...]:

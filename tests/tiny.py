@@ -35,6 +35,9 @@ class Tiny(nn.Module):
         size = (self.denoiser.cfg.text_len, self.denoiser.cfg.text_dim)
         return torch.stack([normal(*size, seed=sum(prompt.encode())) for prompt in prompts])
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Nothing: an embedding is drawn."""
+
     def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
         return torch.stack(
             [functional.adaptive_avg_pool2d(frame, (self.shape.height, self.shape.width)) for frame in pixel_BTCHW[:, ::TEMPORAL].unbind(1)], 1

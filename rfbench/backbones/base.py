@@ -68,6 +68,9 @@ class Backbone(Protocol):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, L, E], zero rows as padding; the empty prompt is the unconditional one."""
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Embed prompts that will come, so that no text encoder has to stay in memory for them."""
+
     def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of whole clips, without gradients."""
 

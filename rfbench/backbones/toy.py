@@ -154,6 +154,9 @@ class ToyBackbone(nn.Module):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         return self.text(prompts)
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Nothing: the encoder is a table that is trained."""
+
     @torch.no_grad()
     def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
         latents: Tensor = self.autoencoder.encode(pixel_BTCHW)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone, VideoShape
-from rfbench.backbones.wan.dit import block_causal_mask
+from rfbench.backbones.wan.dit import WanDiT, block_causal_mask
 from rfbench.config import Recipe
 from rfbench.sampler import cache_shape
 
@@ -78,9 +78,10 @@ def student_mask(recipe: Recipe, backbone: Backbone) -> Tensor:
 
 
 class Method(Protocol):
-    """A training objective. `modules` are trained, each with its own optimiser; "generator" is what comes out."""
+    """A training objective. `modules` are trained, each with its own optimiser; "generator" is what comes out. `frozen` are only asked."""
 
     modules: dict[str, nn.Module]
+    frozen: dict[str, WanDiT]
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Which modules this optimiser step updates."""

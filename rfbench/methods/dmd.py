@@ -79,6 +79,7 @@ class Dmd:
         self.critic = copy.deepcopy(teacher.denoiser) if critic is None else critic
         teacher.denoiser.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"generator": student.denoiser, "critic": self.critic}
+        self.frozen = {"teacher": teacher.denoiser}
         self.schedule = Schedule(recipe.sampler.shift)
         self.score_schedule = Schedule(self.cfg.score_shift)
         self.rollout = rollout_sampler(recipe)
@@ -177,7 +178,7 @@ class Dmd:
         sigma_B1 = self.score_schedule.sigma(t_B1)
         real = flow_to_x0(self.teacher.denoiser(noisy, t_B1, text_BLE), noisy, sigma_B1)
         if self.cfg.guidance != 1.0:
-            null = self.teacher.encode_text([self.cfg.negative] * len(text_BLE))
+            null = self.teacher.encode_text([self.cfg.negative] * len(text_BLE)).to(text_BLE.device)
             real = real + (self.cfg.guidance - 1) * (real - flow_to_x0(self.teacher.denoiser(noisy, t_B1, null), noisy, sigma_B1))
         return real, flow_to_x0(self.critic(noisy, t_B1, text_BLE), noisy, sigma_B1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone
+from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Recipe
 from rfbench.data import ClipStore
 from rfbench.methods.base import Batch, Draws
@@ -22,6 +23,7 @@ class FlowMatching:
         self.recipe, self.backbone, self.store = recipe, backbone, store
         self.drop = recipe.data.drop_caption
         self.modules: dict[str, nn.Module] = {"generator": backbone}
+        self.frozen: dict[str, WanDiT] = {}
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("generator",)

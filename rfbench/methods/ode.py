@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone
+from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Recipe, SamplerCfg
 from rfbench.data import Pairs, Prompts, draw_prompts
 from rfbench.errors import UserError
@@ -27,6 +28,7 @@ class OdeRegression:
         self.backbone, self.pairs, self.chunk = backbone, pairs, recipe.sampler.chunk
         self.modules: dict[str, nn.Module] = {"generator": backbone.denoiser}
         self.mask_SS = student_mask(recipe, backbone)
+        self.frozen: dict[str, WanDiT] = {}
         self.timesteps = torch.tensor([*pairs.timesteps, 0.0], dtype=torch.float64)
         self.schedule = Schedule(recipe.sampler.shift)
 

@@ -98,6 +98,9 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str], *, device: torch.device | str) -> Tensor:
         """[B, L, E] on `device`, zero rows behind a prompt's end."""
 
+    def remember(self, prompts: Sequence[str], *, device: torch.device | str) -> None:
+        """Have the embeddings of prompts at hand without the encoder, if it is one that is worth getting rid of."""
+
 
 class WanBackbone(nn.Module):
     """Denoiser, text encoder and autoencoder of one member; the weights are on `meta` until `load` or `fresh`.
@@ -158,6 +161,11 @@ class WanBackbone(nn.Module):
         assert self.text is not None, "weights are loaded or drawn first"
         return self.text.encode(prompts, device=self._device)
 
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Embed prompts that are not in the cache on disk yet, then give the encoder's memory back."""
+        assert self.text is not None, "weights are loaded or drawn first"
+        self.text.remember(prompts, device="cuda" if torch.cuda.is_available() else "cpu")
+
     def encode_pixels(self, pixel_BTCHW: Tensor) -> Tensor:
         return WanEncoder(self.vae)(pixel_BTCHW.to(self._device)).to(self.denoiser.dtype)
 
@@ -193,6 +201,9 @@ class RandomText:
             ids = [int(hashlib.sha256(word.encode()).hexdigest(), 16) % (self.cfg.vocab - 2) + 2 for word in words]
             text_LE[: len(ids) + 1] = embed(self._encoder.to(device), [*ids, 1])
         return text_BLE
+
+    def remember(self, prompts: Sequence[str], *, device: torch.device | str) -> None:
+        """Nothing: the encoder is small."""
 
 
 def draw(module: nn.Module, rng: torch.Generator) -> None:

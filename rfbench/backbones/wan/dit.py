@@ -14,6 +14,7 @@ L text tokens, E text width, h heads, D head width.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -132,12 +133,15 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
-    def forward(self, x_BFNM: Tensor, time_BF6M: Tensor, text_kv: tuple[Tensor, Tensor], scope: Scope) -> Tensor:
+    def forward(self, x_BFNM: Tensor, time_BF6M: Tensor, text: Tensor | tuple[Tensor, Tensor], scope: Scope) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time_BF6M).unsqueeze(-2).unbind(2)
         x_BFNM = x_BFNM + gate1 * self._self_attention(modulate(x_BFNM, shift1, scale1, self.cfg.eps), scope)
         query = self.cross_attn.queries(self.norm3(x_BFNM).flatten(1, 2))
-        x_BFNM = x_BFNM + self.cross_attn.o(attend(query, *text_kv).flatten(-2)).view_as(x_BFNM)
+        x_BFNM = x_BFNM + self.cross_attn.o(attend(query, *self._text_kv(text)).flatten(-2)).view_as(x_BFNM)
         return x_BFNM + gate2 * self.ffn(modulate(x_BFNM, shift2, scale2, self.cfg.eps))
+
+    def _text_kv(self, text: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.cross_attn.keys_values(text) if isinstance(text, Tensor) else text
 
     def _self_attention(self, x_BFNM: Tensor, scope: Scope) -> Tensor:
         x_BSM = x_BFNM.flatten(1, 2)
@@ -215,14 +219,14 @@ class WanDiT(nn.Module):
         height, width = x_BFCHW.shape[-2] // self.cfg.patch[1], x_BFCHW.shape[-1] // self.cfg.patch[2]
         x_BFNM = self.embed_patches(x_BFCHW)
         time, six = self.embed_time(t_BF)
-        keys_values = self.text_kv(text) if isinstance(text, Tensor) else text
+        texts = itertools.repeat(self.text_embedding(text), len(self.blocks)) if isinstance(text, Tensor) else text
         if cache is None:
             rotation = rotations(tuple(range(x_BFNM.shape[1])), height, width, self.cfg.head_dim, x_BFNM.device)
             scope = Scope(rotation=rotation, mask_SS=mask_SS)
         else:
             scope = Scope(cache=cache)
-        for block, text_kv in zip(self.blocks, keys_values, strict=True):
-            x_BFNM = block(x_BFNM, six, text_kv, scope)
+        for block, own in zip(self.blocks, texts, strict=True):
+            x_BFNM = block(x_BFNM, six, own, scope)
         return self.unpatch(self.head(x_BFNM, time), height, width)
 
     def embed_time(self, t_BF: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
-from rfbench.progress import say
+from rfbench.progress import Progress, say
 from rfbench.records import atomic, canonical, fingerprint
 from rfbench.weights import FLOATS, files_of, load_into, read_tensors, read_tokenizer, sha256_of
 
@@ -176,6 +176,21 @@ class WanText:
             UserError: the tokenizer is missing or not UMT5's.
         """
         return len(self._tokenizer.encode(clean(prompt)).ids)
+
+    def remember(self, prompts: Sequence[str], *, device: torch.device | str = "cpu") -> None:
+        """Put the embeddings of prompts into the cache on disk, those that are not there yet, then give the encoder's memory back.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        assert self.cache is not None, "without a cache there is nowhere to put them"
+        missing = [prompt for prompt in dict.fromkeys(map(clean, prompts)) if not (self.cache / f"{self._key(prompt)}.safetensors").exists()]
+        if missing:
+            with Progress("embedding prompts", len(missing)) as progress:
+                for prompt in missing:
+                    self._rows(prompt, device)
+                    progress.advance()
+        self.release()
 
     def release(self) -> None:
         """Give the encoder's memory back; the next prompt that is not in the cache loads it again."""
