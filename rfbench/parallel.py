@@ -50,6 +50,7 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None  # (copies, ranks that share a copy); None: networks are whole
     offload: bool = False  # frozen networks wait in the CPU's memory
+    store: Any = None  # where the first process that fails leaves its reason
 
     @property
     def first(self) -> bool:
@@ -93,6 +94,36 @@ class Ranks:
         """Until everybody is here."""
         self.told(None)
         self.together({"here": torch.zeros(1)})
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Work that others take part in.
+
+        Raises:
+            EndedElsewhereError: another process has failed and said why.
+            UserError: another process was killed (code 1).
+        """
+        try:
+            yield
+        except EndedElsewhereError:
+            raise
+        except Exception as error:
+            if self.store is None:
+                raise
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            sentence = (
+                f"a process of this run was killed, as rank {self.rank} of {self.size} heard; the same command goes on from the last checkpoint"
+            )
+            mine = f"rank {self.rank}: {sentence if lost else error}"
+            try:
+                reason = self.store.compare_set(REASON, "", mine).decode()
+            except dist.DistError:  # whoever kept it is gone
+                reason = mine
+            if reason != mine:
+                raise EndedElsewhereError(reason, code=1) from None
+            if lost:
+                raise UserError(sentence, code=1) from None
+            raise
 
     def split_trained(self, module: nn.Module) -> None:
         """Move a network that is trained to the device, split: stored in float32, computed with in the dtype that it has now.
@@ -173,12 +204,25 @@ def joined(*, share: int | None = None, offload: bool = False) -> Iterator[Ranks
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("ranks", store), rank=rank, world_size=size, timeout=PATIENCE)
     mesh = init_device_mesh(device().type, (size // share, share), mesh_dim_names=("copies", "share"))
+    ranks = Ranks(rank, size, mesh, offload, store)
     try:
-        with _translated(store, rank, size):
-            yield Ranks(rank, size, mesh, offload)
-    except EndedElsewhereError:
-        raise SystemExit(1) from None
+        with ranks.failing_together():
+            yield ranks
+    except Exception as error:
+        _linger(ranks)
+        if isinstance(error, EndedElsewhereError):
+            raise SystemExit(1) from None
+        raise
     dist.destroy_process_group()
+
+
+def _linger(ranks: Ranks) -> None:
+    """Do not take the reason away before the others have heard it: the first process may be the one that keeps the store."""
+    with contextlib.suppress(dist.DistError):
+        if ranks.store.add("heard", 1) == ranks.size:
+            ranks.store.set("heard by all", "")
+        elif ranks.first:
+            ranks.store.wait(["heard by all"], timedelta(seconds=3))
 
 
 def _rendezvous(launched: bool) -> tuple[Any, int]:
@@ -187,25 +231,3 @@ def _rendezvous(launched: bool) -> tuple[Any, int]:
         return dist.HashStore(), 0  # type: ignore[attr-defined]
     store, rank, _ = next(iter(rendezvous("env://", timeout=PATIENCE)))
     return store, rank
-
-
-@contextlib.contextmanager
-def _translated(store: Any, rank: int, size: int) -> Iterator[None]:
-    """Leave the reason of a failure for the others; what only follows from another process's end becomes `EndedElsewhereError`, or a sentence."""
-    try:
-        yield
-    except EndedElsewhereError:
-        raise
-    except Exception as error:
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        sentence = f"a process of this run was killed, as rank {rank} of {size} heard; the same command goes on from the last checkpoint"
-        mine = f"{rank}: {sentence if lost else error}"
-        try:
-            reason = store.compare_set(REASON, "", mine).decode()
-        except dist.DistError:  # whoever kept it is gone
-            reason = mine
-        if reason != mine:
-            raise EndedElsewhereError(f"rank {reason}", code=1) from None
-        if lost:
-            raise UserError(sentence, code=1) from None
-        raise

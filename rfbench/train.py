@@ -97,6 +97,7 @@ def _train(cfg: Recipe, name: str, directory: Path, sources: dict[str, Path], ra
             if not run.done:
                 shared = 1 if ranks.mesh is None else ranks.mesh.size(1)
                 run.record(device=str(device()), threads=torch.get_num_threads(), processes=ranks.size, shared_by=shared, offload=ranks.offload)
+        stack.enter_context(ranks.failing_together())  # so that the session's end has the reason
         known = ranks.told(None if run is None or run.done else (run.run.recorded, run.run.fingerprint))
         if known is not None:
             recorded, fingerprint = known

@@ -1,0 +1,167 @@
+"""Several processes against one: the same batches, the same weights; what is killed goes on, and who fails says so once."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from rfbench.errors import UserError
+from rfbench.methods.base import METHODS, Batch
+from rfbench.parallel import Ranks, joined
+from rfbench.records import read_run
+from rfbench.registry import pick
+from rfbench.settings import settings
+from rfbench.train import train
+from tests.ranks import launched
+from tests.test_train import EMA, OPTIM, Interrupted, interrupt, tiny, write
+from tests.tiny import distance
+
+__all__ = ["tiny"]  # a fixture
+FEW = EMA | {"optim": OPTIM | {"betas": [0.9, 0.999]}, "steps": 4, "batch": 4, "log_every": 1, "checkpoint_every": 2}
+
+
+def run_of(name: str) -> Path:
+    return settings().runs / "train" / name
+
+
+def same(one: Path, other: Path) -> None:
+    """Weights and logs that differ by rounding: a sum over processes has another order."""
+    ours, theirs = (load_file(run / "weights.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert max(distance(tensor, theirs[name]) for name, tensor in ours.items()) < 1e-6
+    rows = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)]
+    for row, wanted in zip(*rows, strict=True):
+        assert row.keys() == wanted.keys() and all(row[key] == pytest.approx(wanted[key], rel=1e-4) for key in row), (row, wanted)
+
+
+@pytest.mark.parametrize(("method", "accumulate", "size", "local"), [("flow", 1, 2, 2), ("ode", 2, 2, 1), ("dmd", 4, 2, 2), ("redmd", 2, 4, 2)])
+def test_many_processes_train_as_one(method: str, accumulate: int, size: int, local: int, tmp_path: Path) -> None:
+    """With fewer, as many and more micro-batches than processes; split over all, copied to all, and split within nodes and copied between them."""
+    path = write(tmp_path, method, **FEW, accumulate=accumulate)
+    alone = train(path, name="alone")
+    ends = launched(size, lambda: train(path, name="many"), tmp_path / "many", local=local)
+    assert [end.code for end in ends] == [0] * size, ends
+    same(run_of("many"), alone)
+    recorded = read_run(run_of("many")).recorded
+    assert recorded["processes"] == size and recorded["shared_by"] == local
+    assert read_run(run_of("many")).result == read_run(alone).result
+    assert sorted(path.name for path in run_of("many").iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert "many: 4/4" in ends[0].said and not any("many:" in end.said for end in ends[1:])
+
+
+def test_an_interrupted_run_goes_on_with_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "dmd", **FEW, accumulate=2)
+    alone = train(path, name="alone")
+    with monkeypatch.context() as patch:
+        interrupt(patch, "dmd", 5)  # in the third step
+        with pytest.raises(Interrupted):
+            train(path, name="grows")
+    assert all(end.code == 70 for end in launched(2, lambda: _interrupted(path), tmp_path / "shrinks"))
+    assert launched(2, lambda: train(path, name="grows"), tmp_path / "grows")[0].code == 0
+    same(run_of("grows"), alone)
+    assert (run_of("shrinks") / "checkpoints" / "step_000002").is_dir()
+    train(path, name="shrinks")
+    same(run_of("shrinks"), alone)
+
+
+def _interrupted(path: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "dmd", 2)
+        train(path, name="shrinks")
+
+
+@pytest.mark.parametrize(("steps", "kills"), [(5, 2), pytest.param(24, 12, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(steps: int, kills: int, tmp_path: Path) -> None:
+    """One of the two processes is killed, at any moment: the other one says so in a sentence, or nothing was to do any more."""
+    path = write(tmp_path, "redmd", **FEW | {"steps": steps, "batch": 2, "checkpoint_every": 1})
+    begun = time.monotonic()
+    assert [end.code for end in launched(2, lambda: train(path, name="straight"), tmp_path / "straight")] == [0, 0]
+    took, rng = time.monotonic() - begun, random.Random(3)
+    for number in range(kills):
+        victim = number % 2
+        ends = launched(2, lambda: train(path, name="killed"), tmp_path / "killed", kill=(victim, took * rng.uniform(0.3, 0.7)))
+        other = ends[1 - victim]
+        assert other.code == 0 or (other.code == 1 and other.said.count("error: ") == 1 and "a process of this run was killed" in other.said), other
+    assert [end.code for end in launched(2, lambda: train(path, name="killed"), tmp_path / "killed")] == [0, 0]
+    for file in ("weights.safetensors", "log.jsonl"):
+        assert (run_of("killed") / file).read_bytes() == (run_of("straight") / file).read_bytes(), file
+    assert sorted(path.name for path in (run_of("killed") / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in (steps - 2, steps - 1)]
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+def test_a_failure_is_told_once_and_the_last_good_checkpoint_is_kept(who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is not finite in one process is so for all; a reward that fails in one process ends all."""
+    kind = pick(METHODS, "dmd", what="method")
+    whole, calls = kind.losses, list[int]()
+
+    def losses(self: Any, batch: Batch, turns: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        calls.append(1)
+        found, stats = whole(self, batch, turns)
+        if len(calls) == 4 and torch.distributed.get_rank() == 1:
+            if who == "one":
+                raise UserError("the reward has run out", code=1)
+            found = {role: loss * float("nan") for role, loss in found.items()}
+        return found, stats
+
+    monkeypatch.setattr(kind, "losses", losses)
+    path = write(tmp_path, "dmd", **FEW, accumulate=2)
+    ends = launched(2, lambda: train(path, name="broken"), tmp_path / "broken")
+    assert [end.code for end in ends] == [1, 1]
+    sentence = "the reward has run out" if who == "one" else "training broke down at step 3: the generator's gradient is not finite"
+    assert "".join(end.said for end in ends).count(sentence) == 1 and "".join(end.said for end in ends).count("error: ") == 1, ends
+    run = read_run(run_of("broken"))
+    assert run.status == "failed" and sentence in str(run.error)
+    assert [path.name for path in (run_of("broken") / "checkpoints").iterdir()] == ["step_000002"]
+    if who == "all":
+        broken = json.loads((run_of("broken") / "broken_batch.json").read_text())
+        assert broken["step"] == 3 and broken["norm"] == "nan" and len(broken["clips"]) == 4
+        assert all(isinstance(clip["seed"], int) and clip["prompt"] and "loss" in clip for clip in broken["clips"])
+        assert "shared_seed" in broken
+
+
+def test_a_wrong_request_is_told_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "dmd", **FEW)
+    ends = launched(3, lambda: train(path, name="three"), tmp_path / "three")
+    assert sorted(end.code for end in ends) == [1, 1, 2]
+    assert "".join(end.said for end in ends).count("4 clips in 1 micro-batches do not go round 3 processes") == 1
+    assert not run_of("three").exists()
+    with pytest.raises(UserError, match="needs as many processes"):
+        train(path, share=2)
+
+
+def test_clips_are_dealt_out_in_order() -> None:
+    batch = Batch(tuple(range(12)), 99)
+    for size, parts, dealt in ((1, 3, 3), (2, 3, 6), (3, 3, 3), (4, 2, 4), (6, 12, 12)):
+        everyone = [Ranks(rank, size) for rank in range(size)]
+        assert {ranks.deal(12, parts) for ranks in everyone} == {dealt}
+        owned = [part for ranks in everyone for part in ranks.own(batch.split(dealt))]
+        assert [seed for part in owned for seed in part.seeds] == list(range(12)) and {part.shared for part in owned} == {99}
+        assert all(len(part.seeds) <= 12 / parts for part in owned)  # no more at a time than the recipe says
+
+
+def test_muon_sees_whole_matrices(tmp_path: Path) -> None:
+    """Newton and Schulz iterate in bfloat16, which magnifies differences of rounding, so a run is no test of it; one step is."""
+
+    def step() -> None:
+        rng = torch.Generator().manual_seed(0)
+        start, gradient = torch.randn(24, 48, generator=rng), torch.randn(24, 48, generator=rng)
+        with joined() as ranks:
+            assert ranks.mesh is not None
+            found = []
+            for wrap in (lambda x: x.clone(), lambda x: distribute_tensor(x.clone(), ranks.mesh["share"], [Shard(0)])):
+                weight = torch.nn.Parameter(wrap(start))
+                weight.grad = wrap(gradient)
+                torch.optim.Muon([weight], lr=0.1).step()
+                found.append(weight.detach())
+            assert torch.equal(found[0], found[1].full_tensor())  # type: ignore[attr-defined]
+
+    assert [end.code for end in launched(2, step, tmp_path)] == [0, 0]
