@@ -27,7 +27,7 @@ from rfbench.config import Recipe
 from rfbench.data import ClipDraws, Pairs, Prompts, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.ode import solve
-from rfbench.parallel import Ranks
+from rfbench.parallel import ALONE, Ranks
 from rfbench.progress import Progress, say
 from rfbench.sampler import timesteps
 from rfbench.settings import settings
@@ -120,7 +120,7 @@ def _shape_of(store: Any, file: Path) -> tuple[int, ...]:
     return shape
 
 
-def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path], ranks: Ranks) -> Pairs:
+def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path], ranks: Ranks = ALONE) -> Pairs:
     """The pairs of a recipe: from its file, or from its teacher, which is what the student starts from; what is not there yet is made by all.
 
     Raises:

@@ -154,6 +154,9 @@ class Ranks:
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, offload_policy=policy)
 
 
+ALONE = Ranks()
+
+
 def _called(module: nn.Module) -> list[nn.Module]:
     """The networks that are called as a whole: this one, or those that it holds."""
     if type(module).forward is not nn.Module.forward:

@@ -28,7 +28,7 @@ from rfbench.data import ClipStore, Prompts, draw_clips, prompts_of
 from rfbench.errors import UserError
 from rfbench.logbook import Row, summary
 from rfbench.methods.base import METHODS, Batch, Method
-from rfbench.parallel import Ranks, full, whole
+from rfbench.parallel import ALONE, Ranks, full, whole
 from rfbench.progress import Progress, say
 from rfbench.recipes import check, inputs_of, locate, memory
 from rfbench.registry import pick
@@ -114,8 +114,8 @@ def clips_of(cfg: Recipe) -> tuple[int, int]:
 class Trainer:
     """State of a training run: modules, their optimisers, the average, the generator, the step."""
 
-    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path], ranks: Ranks | None = None) -> None:
-        self.cfg, self.directory, self.precision, self.ranks = cfg, directory, cfg.precision or PrecisionCfg(), ranks or Ranks()
+    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path], ranks: Ranks = ALONE) -> None:
+        self.cfg, self.directory, self.precision, self.ranks = cfg, directory, cfg.precision or PrecisionCfg(), ranks
         self.rng = self._generator()
         self.prompts: Prompts | None = None  # of a clip, where its seed says it
         self.student = self._student(sources)
@@ -180,7 +180,6 @@ class Trainer:
         if scores is not None and scores.rollouts == "separate":
             seeds += Batch(tuple(seeds), 0).other().seeds
         self.student.remember([*dict.fromkeys(prompts(seeds)), *(self.cfg.samples.prompts if self.cfg.samples is not None else ())])
-
 
     def _rendered(self) -> ClipStore:
         """Clips of the toy world."""
