@@ -22,7 +22,6 @@ from rfbench.vbench_worker import networks, rules
 from rfbench.vbench_worker.fast import Networks, Result
 from rfbench.vbench_worker.video import Footage
 
-
 EXPANSION = 3  # beams of Tag2Text's search
 
 
