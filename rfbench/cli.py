@@ -96,15 +96,24 @@ def reproduce(
 def train(
     recipe: RecipeName,
     fields: Fields = None,
+    share: Annotated[
+        int | None,
+        typer.Option("--share", min=1, help="Processes that have one copy of every network between them; a node's by default.", show_default=False),
+    ] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep frozen networks in the CPU's memory and bring them in block by block.")] = False,
+    track: Annotated[str | None, typer.Option("--track", help="tensorboard, wandb or trackio, beside log.jsonl.", show_default=False)] = None,
     name: Name = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Make weights by a recipe; writes a baseline beside them."""
+    """Make weights by a recipe; writes a baseline beside them. Many processes: `torchrun --nproc-per-node 8 -m rfbench.cli train RECIPE`."""
     from rfbench import train as verb
 
-    _print_path(verb.train(recipe, fields or [], name=name, fresh=fresh, dry_run=dry_run), as_json)
+    how: dict[str, Any] = {"share": share, "offload": offload, "tracker": track}
+    directory = verb.train(recipe, fields or [], name=name, fresh=fresh, dry_run=dry_run, **how)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of a launch, one speaks
+        _print_path(directory, as_json)
 
 
 @app.command()
