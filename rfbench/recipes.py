@@ -144,11 +144,14 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
     return found
 
 
-def memory(cfg: Recipe) -> dict[str, int]:
-    """Bytes that each network of a recipe takes in training, by what is known before anything is loaded.
+def memory(cfg: Recipe, *, share: int = 1, offload: bool = False) -> dict[str, int]:
+    """Bytes that each network of a recipe takes of a GPU in training, by what is known before anything is loaded.
 
     A trained weight is stored once, copied in float32 if that is more, and has a gradient and AdamW's two moments in float32; the student's
     has an average. Activations, autoencoder, text encoder and reward come on top.
+
+    Split over `share` processes, all of that is in float32 and a part of it, and the whole network and its gradient come on top while a step is
+    computed; of a frozen network two blocks are there at a time, and its part is not with `offload`.
     """
     precision = cfg.precision or PrecisionCfg()
 
@@ -156,7 +159,13 @@ def memory(cfg: Recipe) -> dict[str, int]:
         model = open_backbone(backbone, precision=stored).denoiser
         if model.head.head.weight.is_meta:  # settles its dtypes when weights come in
             model.store(torch.float32 if stored == "float32" else torch.bfloat16)
+        if (share > 1 or offload) and not trained:
+            blocks = [sum(weight.numel() * weight.element_size() for weight in block.parameters()) for block in model.blocks]
+            whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+            return (0 if offload else whole // share) + whole - sum(blocks) + 2 * max(blocks)
         sizes = [(weight.numel(), weight.element_size()) for weight in model.parameters()]
+        if share > 1:
+            return sum(count * (16 + 4 * average) // share + 2 * count * size for count, size in sizes)
         return sum(count * (size + trained * (12 + 4 * (size < 4) + 4 * average)) for count, size in sizes)
 
     found = {"student": bytes_of(cfg.backbone, precision.student, True, cfg.ema is not None)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def train(
     Raises:
         UserError: the recipe is wrong, its weights are missing, the directory holds another run, or training broke down (code 1).
     """
-    with parallel.joined(share=share, offload=offload) as ranks:
+    planned = share or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with contextlib.nullcontext(ALONE) if dry_run else parallel.joined(share=share, offload=offload) as ranks:
         recipe = config.whole_name(Recipe, recipe)
         path = config.find(Recipe, recipe)
         cfg = strict.build(Recipe, strict.load_plain(path, list(overrides), Recipe), where=recipe)
@@ -77,10 +79,11 @@ def train(
         ranks.deal(*clips_of(cfg))
         name = name or config.name_of(recipe)
         directory = settings().runs / "train" / name
-        if dry_run and ranks.first:
-            plan = memory(cfg)
+        if dry_run:
+            plan = memory(cfg, share=planned, offload=offload)
             each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
-            say(f"memory: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
+            over = f" of a GPU, networks split over {planned}" if planned > 1 else ""
+            say(f"memory{over}: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
         sources = locate(cfg, path)
         if not dry_run:
             _train(cfg, name, directory, sources, ranks, fresh=fresh, tracker=tracker)
