@@ -67,7 +67,7 @@ def test_help_is_quick_because_it_loads_nothing_heavy():
     ("arguments", "sentence"),
     [
         (["trian", "x"], "No such command 'trian'. Did you mean 'train'? (see `rfbench --help`)"),
-        (["train", "x", "--frsh"], "No such option: --frsh (Possible options: --fresh) (see `rfbench train --help`)"),
+        (["train", "x", "--frsh"], "No such option: --frsh (Possible options: --fresh, --share) (see `rfbench train --help`)"),
         (["train"], "Missing argument 'RECIPE' (see `rfbench train --help`)"),
         (["list", "studie"], "'studie' cannot be listed; did you mean 'studies'?"),
         (["eval", "nobody/toy-short"], "there is no run 'nobody/toy-short'; there is none"),
