@@ -126,7 +126,8 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path):
     [
         (
             *("train", "train", ["toy/teacher", "seed=1", "--fresh", "batch=2"]),
-            *(("toy/teacher", ["seed=1", "batch=2"]), {"name": None, "fresh": True, "dry_run": False}),
+            ("toy/teacher", ["seed=1", "batch=2"]),
+            {"name": None, "fresh": True, "dry_run": False, "share": None, "offload": False, "tracker": None},
         ),
         (
             *("generate", "generate", ["toy/x", "--suite", "smoke", "--shard", "1/2", "--limit", "3", "--name", "n", "--dry-run"]),
