@@ -9,6 +9,7 @@ Shapes: B batch, S tokens of the new frames, K tokens of all attended frames, N 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class View:
 
     rotation: Tensor  # of its own tokens
     targets: list[list[tuple[slice, Tensor, Tensor, Tensor]]]  # per layer and piece: its tokens, and where their rotated and raw keys and values go
+    rows: Tensor  # where its tokens are kept
+    key: tuple[int, ...]  # views of one cache that agree in it differ in `rotation` alone
     seen: list[tuple[Tensor, Tensor]]  # per layer, the keys and values that it attends to: slots are handed out lowest first, so they come first
 
 
@@ -95,6 +98,12 @@ class Move:
     alpha: float = 0.0  # share of the old sink
     gather: tuple[tuple[int, int, slice], ...] = ()  # pieces of the sink, when it is folded into for the first time
     turns: tuple[tuple[slice, Tensor], ...] = ()  # kept tokens whose keys are rotated anew
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Moves that agree in it differ in rotations alone."""
+        slices = [piece for merge in self.merges for piece in merge] + [piece for *_, piece in self.gather] + [tokens for tokens, _ in self.turns]
+        return self.alpha, len(self.merges), len(self.gather), *((piece.start, piece.stop) for piece in slices)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,13 @@ class CacheShape:
     height: int  # tokens
     width: int  # tokens
     latents: int
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _rows(slots: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
+    """The tokens of slots, one behind the other; kept, because a copy to a GPU makes the host wait."""
+    return torch.cat([torch.arange(slot * tokens, (slot + 1) * tokens) for slot in slots]).to(device)
 
 
 Gradients = Literal["detached", "in_place"]
@@ -147,8 +163,16 @@ class KVCache:
             self.sinks = [
                 (torch.zeros(size, dtype=folded, device=device), torch.zeros(size, dtype=folded, device=device)) for _ in range(shape.layers)
             ]
+        self.slots = slots
+        self.token = object()  # stands for this memory, whatever it holds
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the clip: as new, but the same memory."""
+        for buffer in (*self.rotated, *self.values, *(() if self.raw is self.rotated else self.raw)):
+            buffer.zero_()
         self.folded = False
-        self.free = list(range(slots))
+        self.free = list(range(self.slots))
         self.held: list[int] = []  # physical slot of each held frame, oldest first; the chunk in work comes last
         self.numbers: list[int] = []  # which frame of the clip each held frame is
         self.traces: dict[int, list[tuple[Tensor, Tensor]]] = {}  # "in_place": physical slot -> per layer, K and V under autograd, K as in `raw`
@@ -156,7 +180,7 @@ class KVCache:
         self.frames = 0  # frames that ever began
         self.shot: int | None = None  # frame that the shot began with; None: the clip's first shot, whose sink is the clip's
         self.offset = 0  # frames by which positions are ahead of numbers
-        self.view = self.before = View(torch.empty(0), [], [])  # of the chunk in work, and of the one before it
+        self.view = self.before = View(torch.empty(0), [], torch.empty(0), (), [])  # of the chunk in work, and of the one before it
         self.move = Move()  # of the chunk in work
 
     def begin(self, frames: int, *, cut: bool = False, carried: bool = True) -> None:
@@ -272,9 +296,12 @@ class KVCache:
         used = (len(self.held) + self._empty()) * self.tokens
         pieces = [(slice(first * self.tokens, last * self.tokens), tokens) for first, last, tokens in self._runs(self.held[kept:])]
         buffers = list(zip(self.rotated, self.raw, self.values, strict=True))
+        device, slots = self.values[0].device, tuple(self.held[kept:])
         return View(
-            self._rotation(kept, len(self.held), self.values[0].device),
+            self._rotation(kept, len(self.held), device),
             [[(own, rotated[:, tokens], raw[:, tokens], values[:, tokens]) for own, tokens in pieces] for rotated, raw, values in buffers],
+            _rows(slots, self.tokens, device),
+            (*slots, used),
             [(rotated[:, :used], values[:, :used]) for rotated, _, values in buffers],
         )
 

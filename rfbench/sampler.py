@@ -153,9 +153,9 @@ def stream(
             yield Chunk(index, start, x0)
             start += x0.shape[1]
         return
-    caches = [KVCache(cfg.cache, shape, dtype=text_BLE.dtype, device=device, gradients=cache_gradients) for _ in texts if cfg.cache is not None]
+    lean, memory = lean or LeanDiT(model), {"dtype": text_BLE.dtype, "device": device, "gradients": cache_gradients}
+    caches = [lean.cache(cfg.cache, shape, **memory) for _ in texts if cfg.cache is not None]
     held: Sequence[KVCache | None] = caches or [None] * len(given)
-    lean = lean or LeanDiT(model)
     due = list(switches)
     pending: Tensor | None = None  # a clean chunk whose pass goes along with the next one's first step
     context: dict[int, Tensor] = {}  # while a switch is to come: what the clean passes of the cached chunks saw
@@ -235,6 +235,8 @@ def stream(
                 cached = {number // length for number in caches[0].numbers}
                 context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}
             tell("cached")
+    for cache in caches:
+        lean.done(cache)
 
 
 def generate(

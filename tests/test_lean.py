@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from rfbench.attention import attend
+from rfbench.backbones.wan import graphs
 from rfbench.backbones.wan import lean as module
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.cache import CacheShape, KVCache
-from rfbench.config import CacheCfg
-from tests.tiny import distance, normal
+from rfbench.config import CacheCfg, SamplerCfg
+from rfbench.sampler import clip_noise, stream
+from tests.tiny import Tiny, distance, normal
 
 CFG = DiTCfg(dim=48, ffn_dim=96, num_heads=4, num_layers=3, text_dim=16, text_len=8, in_dim=4, out_dim=4, freq_dim=32)
 NAMES = [field.name for field in dataclasses.fields(Shortcuts)]
@@ -129,3 +132,66 @@ def test_a_clip_has_the_same_bits_alone_as_beside_others() -> None:
     for i in range(2):
         own = [(k[i : i + 1], v[i : i + 1]) for k, v in text]
         assert torch.equal(lean(latents(0)[i : i + 1], 500.0, own, None), together[i : i + 1])
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for a GPU alone is taken here too: kernels by Triton's interpreter, recordings by remembering the function."""
+    monkeypatch.setattr(module, "ON", {})
+    monkeypatch.setattr(graphs, "Cuda", lambda: remembered)
+
+
+def remembered(work: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+    return work
+
+
+def clips(cfg: SamplerCfg, lean: LeanDiT, tiny: Tiny, latents: int, prompts: str) -> Tensor:
+    """Clips one after the other, so that the second finds what the first has left."""
+    made = [
+        [chunk.latent_BFCHW for chunk in stream(tiny, tiny.encode_text([prompt]), latents, cfg, clip_noise(tiny, [seed]), lean=lean)]
+        for seed, prompt in enumerate(prompts)
+    ]
+    return torch.cat([chunk for clip in made for chunk in clip], 1)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ["ema_sink", "window"])
+def test_recorded_passes_make_the_same_clips(name: str, joint: bool, as_on_a_gpu: None) -> None:
+    tiny = Tiny()
+    caches = {
+        "ema_sink": CacheCfg("ema_sink", window=7, sink=2, alpha=0.9, fold_dtype="float32"),
+        "window": CacheCfg("window", window=6, rope="absolute"),
+    }
+    cfg = SamplerCfg((1000, 500, 250), 5.0, cache=caches[name])
+    wanted = clips(cfg, LeanDiT(tiny.denoiser, NONE), tiny, 15, "abc")
+    lean = LeanDiT(tiny.denoiser, replace(NONE, modulation=True, context=True, graphs=True, joint=joint))
+    assert lean.graphs is not None
+    assert distance(clips(cfg, lean, tiny, 15, "abc"), wanted) < 1e-6
+    recorded = len(lean.graphs.recordings)
+    assert distance(clips(cfg, lean, tiny, 15, "abc"), wanted) < 1e-6
+    assert len(lean.graphs.recordings) == recorded > 0 and len(lean.caches) == 1
+
+
+def test_a_pass_of_kernels_is_the_plain_one(as_on_a_gpu: None) -> None:
+    pytest.importorskip("triton", reason="there is no triton; pip install triton")
+    tiny = Tiny(height=2, width=4)
+    cfg = SamplerCfg((1000,), 5.0, chunk=1, cache=CacheCfg("static_sink", window=2, sink=1))
+    lean = LeanDiT(tiny.denoiser, replace(NONE, merged=True, kernels=True, joint=True, context=True))
+    assert lean.kernels is not None
+    assert distance(clips(cfg, lean, tiny, 3, "a"), clips(cfg, LeanDiT(tiny.denoiser, NONE), tiny, 3, "a")) < 2e-6
+
+
+def test_a_recording_takes_in_what_changed_and_nothing_else() -> None:
+    told, held = list[str](), graphs.Graphs(remembered)
+    table = torch.tensor([10.0])
+
+    def work(inputs: Sequence[Tensor]) -> Tensor:
+        told.append("")
+        return inputs[0] + inputs[1]
+
+    for value in (1.0, 2.0, 3.0, 4.0):
+        found = held.run("key", work, [torch.tensor([value])], [table])
+        assert found is not None and found.item() == value + 10
+    table = torch.tensor([20.0])
+    found = held.run("key", work, [torch.tensor([5.0])], [table])
+    assert found is not None and found.item() == 25 and len(held.recordings) == 1

@@ -12,8 +12,10 @@ G chunks in a pass.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -22,12 +24,16 @@ from torch.nn import functional
 
 from rfbench.attention import attend, rotate, rotations
 from rfbench.backbones.wan.dit import Block, Cache, TextKV, WanDiT
-from rfbench.cache import KVCache
+from rfbench.backbones.wan.graphs import Graphs
+from rfbench.cache import KVCache, Move
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Work that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.ladder`)."""
+    """Work that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.ladder`).
+
+    Kernels and graphs have not run on a GPU yet, only on a CPU by an interpreter and a stand-in: who wants them asks for them.
+    """
 
     modulation: bool = True  # what depends on the timestep alone is computed once per stream and not in every pass
     context: bool = True  # the clean pass ends at the keys and values of the last layer
@@ -36,18 +42,23 @@ class Shortcuts:
     columns: bool = True  # on a CPU, small weights are copied column by column: a product of few rows reads them faster
     sigmoid: bool = True  # on a CPU, GELU is taken by a sigmoid, which is faster there than a tangent
     untracked: bool = True  # tensors keep no record of views and versions, which only gradients need
+    kernels: bool = (
+        True  # on a GPU, Triton: norm, rotation and writing to the cache are one reading and writing, and so are residual sum and next norm
+    )
+    graphs: bool = False  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
     joint: bool = True  # the clean pass of a chunk goes along with the first step of the next one
 
 
 SHORTCUTS = Shortcuts()
-ON = {"columns": "cpu", "sigmoid": "cpu"}  # the others are for every device
+ON = {"columns": "cpu", "sigmoid": "cpu", "kernels": "cuda", "graphs": "cuda"}  # the others are for every device
 SMALL = 2**20  # elements of a weight
 SLOPE = 2 * (2 / torch.pi) ** 0.5  # GELU's tangent form is x sigmoid(SLOPE (x + 0.044715 x^3))
 
 
 def usable(device: torch.device) -> list[str]:
     """The shortcuts that do something on a device, in the order of the ladder."""
-    return [field.name for field in fields(Shortcuts) if ON.get(field.name, device.type) == device.type]
+    missing = {"kernels"} if importlib.util.find_spec("triton") is None else set[str]()
+    return [field.name for field in fields(Shortcuts) if ON.get(field.name, device.type) == device.type and field.name not in missing]
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Layer:
     down: Product
 
 
+Look = Callable[[int, int, bool], tuple[Tensor, Tensor, Tensor]]  # layer, chunk of the pass, keep raw keys -> queries, all keys and values
 Six = tuple[Tensor, ...]  # of a block: shift, gain, gate of attention, then of the feed-forward, each [M], or of two timesteps [2, 1, M]
 Tables = tuple[list[Six], tuple[Tensor, Tensor]]  # of every block; shift and gain of the head
 
@@ -89,7 +101,11 @@ class LeanDiT:
         self.eps, self.size, self.heads = model.cfg.eps, (model.cfg.dim,), (model.cfg.num_heads, model.cfg.head_dim)
         device = model.head.modulation.device
         self.floor, self.slope = torch.tensor(model.cfg.eps, device=device), torch.tensor(SLOPE, device=device)
-        self.sigmoid = shortcuts.sigmoid and device.type == "cpu"
+        taken = {name for name in usable(device) if getattr(shortcuts, name)}
+        self.sigmoid = "sigmoid" in taken
+        self.kernels = importlib.import_module("rfbench.backbones.wan.kernels") if {"kernels", "merged"} <= taken else None
+        self.graphs = Graphs() if {"graphs", "modulation"} <= taken else None
+        self.caches: list[tuple[Any, KVCache]] = []  # of streams that ended, with what they were made for
         self.layers = [read(cast(Block, block), shortcuts) for block in model.blocks]
         self.head = product(model.head.head, columns=shortcuts.columns)
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
@@ -100,25 +116,75 @@ class LeanDiT:
 
         Unless `kept`, what it leaves in the cache is for this pass alone: a clean pass comes before the next chunk.
         """
-        with self.mode():
-            tables = self._tables((t,))
-            return self._flow(x_BFCHW, self._rows([x_BFCHW], tables[0], text, cache, kept=kept), tables[1])
+        flow = self._pass([x_BFCHW], (t,), text, cache, clean=False, kept=kept)
+        assert flow is not None
+        return flow
 
     def fill(self, clean_BFCHW: Tensor, text: TextKV, cache: Cache) -> None:
         """The clean pass: it leaves keys and values in the cache."""
-        with self.mode():
-            self._rows([clean_BFCHW], self._tables((0.0,))[0], text, cache, clean=True)
+        self._pass([clean_BFCHW], (0.0,), text, cache, clean=True, kept=False)
 
     def fill_and_step(self, clean_BFCHW: Tensor, x_BFCHW: Tensor, t: float, text: TextKV, cache: KVCache) -> Tensor:
         """`fill` with a chunk, then the flow of the next one, in one pass. `cache` has begun the next chunk and not yet carried it out.
 
         Layer by layer, the next chunk looks at what the clean one has left just before, so nothing is other than in two passes.
         """
+        flow = self._pass([clean_BFCHW, x_BFCHW], (0.0, t), text, cache, clean=True, kept=False)
+        assert flow is not None
+        return flow
+
+    def cache(self, *made_for: Any, **options: Any) -> KVCache:
+        """A `KVCache` for one stream; in the memory of one that ended, if there are recordings that know where that is."""
+        for number, (key, _) in enumerate(self.caches):
+            if key == (made_for, options):
+                cache = self.caches.pop(number)[1]
+                cache.restart()
+                return cache
+        return KVCache(*made_for, **options)
+
+    def done(self, cache: KVCache) -> None:
+        """A stream has ended."""
+        if self.graphs is not None:
+            made = {"dtype": cache.values[0].dtype, "device": cache.values[0].device, "gradients": cache.gradients}
+            self.caches.append((((cache.cfg, cache.shape), made), cache))
+
+    def _pass(
+        self, chunks: Sequence[Tensor], times: tuple[float, ...], text: TextKV, cache: Cache | None, *, clean: bool, kept: bool
+    ) -> Tensor | None:
+        """The flow of the last chunk; none after a clean pass for itself."""
+
+        def work(chunks: Sequence[Tensor], text: TextKV) -> Tensor | None:
+            blocks, (shift, gain) = self._tables(times)
+            rows = self._rows(chunks, blocks, text, cache, clean=clean, kept=kept)
+            if clean and len(chunks) == 1:
+                return None
+            if len(chunks) > 1:
+                shift, gain, rows = shift[1, 0], gain[1, 0], rows if self.shortcuts.context else rows[rows.shape[0] // 2 :]
+            return self._flow(chunks[-1], rows, (shift, gain))
+
         with self.mode():
-            tables = self._tables((0.0, t))
-            rows = self._rows([clean_BFCHW, x_BFCHW], tables[0], text, cache, clean=True)
-            shift, gain = tables[1]
-            return self._flow(x_BFCHW, rows[-rows.shape[0] // 2 :] if not self.shortcuts.context else rows, (shift[1, 0], gain[1, 0]))
+            if self.graphs is None or not isinstance(cache, KVCache):
+                return work(chunks, text)
+            return self._replayed(self.graphs, work, chunks, (times, clean, kept), text, cache)
+
+    def _replayed(self, graphs: Graphs, work: Any, chunks: Sequence[Tensor], what: tuple[Any, ...], text: TextKV, cache: KVCache) -> Tensor | None:
+        """A pass by its recording: chunks, text and rotations are taken in, the cache's memory and everything else is always the same."""
+        move, views = (cache.move, (cache.before, cache.view)) if len(chunks) > 1 else (Move(), (cache.view, cache.view))
+        self._tables(what[0])
+
+        def replaced(inputs: Sequence[Tensor]) -> Tensor | None:
+            count, turns, before = len(chunks), len(move.turns), (cache.before, cache.view, cache.move)
+            rotations, texts = inputs[count : count + 2 + turns], inputs[count + 2 + turns :]
+            cache.before, cache.view = (replace(view, rotation=rotation) for view, rotation in zip(views, rotations, strict=False))
+            cache.move = replace(move, turns=tuple((tokens, turn) for (tokens, _), turn in zip(move.turns, rotations[2:], strict=True)))
+            try:
+                return cast(Tensor | None, work(inputs[:count], list(zip(texts[::2], texts[1::2], strict=True))))
+            finally:
+                cache.before, cache.view, cache.move = before
+
+        constant = [*(view.rotation for view in views), *(rotation for _, rotation in move.turns), *(part for pair in text for part in pair)]
+        key = (what, cache.token, *(view.key for view in views), move.key, *(tuple(chunk.shape) for chunk in chunks), text[0][0].shape)
+        return graphs.run(key, replaced, chunks, constant)
 
     def _flow(self, x_BFCHW: Tensor, rows_RM: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
         """What the head makes of the rows that leave the last layer."""
@@ -136,14 +202,13 @@ class LeanDiT:
         rotation = self._rotation(chunks[0]) if cache is None else None
         for number, (layer, six, text_kv) in enumerate(zip(self.layers, blocks, text, strict=True)):
             shift1, gain1, gate1, shift2, gain2, gate2 = six
-            qk_R2M, v_RM = self._project(layer, self._modulate(x_RM, shift1, gain1))
-            qk, v = qk_R2M.view(*size, 2, *self.heads), v_RM.view(*size, *self.heads)
+            look = self._looking(layer, self._modulate(x_RM, shift1, gain1), size, cache, rotation)
             dropped = clean and self.shortcuts.context and number == len(self.layers) - 1
             seen = list[Tensor]()
             for place in range(len(chunks)):
                 if place:
                     cast(KVCache, cache).carry(number)
-                looked = self._look(number, qk[place], v[place], cache, rotation, joint=place + 1 < len(chunks), raw=kept or (clean and not place))
+                looked = look(number, place, kept or (clean and not place))
                 if place or not dropped:
                     seen.append(attend(*looked))
             if dropped:
@@ -151,23 +216,38 @@ class LeanDiT:
                     break
                 x_RM = x_RM[x_RM.shape[0] // 2 :]
                 gate1, shift2, gain2, gate2 = (table[1, 0] for table in (gate1, shift2, gain2, gate2))
-            x_RM = self._gated(x_RM, gate1, layer.o((seen[0] if len(seen) == 1 else torch.cat(seen)).reshape(x_RM.shape)))
-            query = self._norm(layer.cross_q(torch.layer_norm(x_RM, self.size, *layer.norm3, self.eps)), layer.cross_norm_q)
-            x_RM = x_RM + layer.cross_o(self._read(query, size[1:], text_kv))
-            x_RM = self._gated(x_RM, gate2, layer.down(self._gelu(layer.up(self._modulate(x_RM, shift2, gain2)))))
+            out = layer.o((seen[0] if len(seen) == 1 else torch.cat(seen)).reshape(x_RM.shape))
+            x_RM, h_RM = self._add_and_norm(x_RM, gate1, out, *reversed(layer.norm3))
+            out = layer.cross_o(self._read(self._norm(layer.cross_q(h_RM), layer.cross_norm_q), size[1:], text_kv))
+            x_RM, h_RM = self._add_and_norm(x_RM, None, out, shift2, gain2)
+            x_RM = self._gated(x_RM, gate2, layer.down(self._gelu(layer.up(h_RM))))
         return x_RM
 
-    def _look(
-        self, number: int, qk_BS2hD: Tensor, v_BShD: Tensor, cache: Cache | None, rotation: Tensor | None, *, joint: bool, raw: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries of a chunk, and all keys and values that it attends to; `joint`: the next chunk is in the same pass."""
-        if isinstance(cache, KVCache):
-            return cache.put(number, qk_BS2hD, v_BShD, cache.before if joint else cache.view, raw=raw)
-        if cache is not None:
-            return cache.extend(number, qk_BS2hD[:, :, 0], qk_BS2hD[:, :, 1], v_BShD)
-        assert rotation is not None
-        q, k = rotate(qk_BS2hD, rotation.unsqueeze(1)).unbind(2)
-        return q, k, v_BShD
+    def _looking(self, layer: Layer, x_RM: Tensor, size: tuple[int, int, int], cache: Cache | None, rotation: Tensor | None) -> Look:
+        """How each chunk of a pass puts its keys and values in place and looks around."""
+        if self.kernels is not None and isinstance(cache, KVCache):
+            kernels, qkv = self.kernels, layer.qkv[0](x_RM).view(size[0], size[1] * size[2], -1)
+
+            def placed(number: int, chunk: int, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
+                view = cache.view if chunk + 1 == size[0] else cache.before
+                unrotated = cache.raw[number] if raw and cache.cfg.rope == "relative" else None
+                given = (view.rotation, view.rows, cache.rotated[number], unrotated, cache.values[number])
+                return kernels.place(qkv[chunk], layer.norm_qk, self.eps, *given), *view.seen[number]
+
+            return placed
+        qk_R2M, v_RM = self._project(layer, x_RM)
+        qk, v = qk_R2M.view(*size, 2, *self.heads), v_RM.view(*size, *self.heads)
+
+        def look(number: int, chunk: int, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
+            if isinstance(cache, KVCache):
+                return cache.put(number, qk[chunk], v[chunk], cache.view if chunk + 1 == size[0] else cache.before, raw=raw)
+            if cache is not None:
+                return cache.extend(number, qk[chunk, :, :, 0], qk[chunk, :, :, 1], v[chunk])
+            assert rotation is not None
+            queries, keys = rotate(qk[chunk], rotation.unsqueeze(1)).unbind(2)
+            return queries, keys, v[chunk]
+
+        return look
 
     def _read(self, query_RM: Tensor, size: tuple[int, int], text_kv: tuple[Tensor, Tensor]) -> Tensor:
         """What rows find in the text: [R, M]. Chunks of one clip look at the same text; with several clips, each chunk for itself."""
@@ -194,10 +274,19 @@ class LeanDiT:
 
     def _modulate(self, x_RM: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
         """LN(x) gain + shift."""
+        if self.kernels is not None:
+            return cast(Tensor, self.kernels.modulate(x_RM, shift, gain, self.eps))
         if self.shortcuts.fused and x_RM.dtype == gain.dtype and gain.ndim == 1:
             return torch.layer_norm(x_RM, self.size, gain, shift, self.eps)
         normed = torch.layer_norm(x_RM, self.size, eps=self.eps)
         return torch.addcmul(shift, _split(normed, gain), gain).view(x_RM.shape)
+
+    def _add_and_norm(self, x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """x + gate y, or x + y, and the modulated norm of it."""
+        if self.kernels is not None:
+            return cast(tuple[Tensor, Tensor], self.kernels.add_and_modulate(x_RM, gate, y_RM, shift, gain, self.eps))
+        total = x_RM + y_RM if gate is None else self._gated(x_RM, gate, y_RM)
+        return total, self._modulate(total, shift, gain)
 
     def _gated(self, x_RM: Tensor, gate: Tensor, y_RM: Tensor) -> Tensor:
         """x + gate y."""

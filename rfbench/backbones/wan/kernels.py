@@ -1,0 +1,170 @@
+"""Triton kernels for the DiT's passes: what lies between its products in one reading and one writing each, computed in float32.
+
+Tested with Triton's interpreter on a CPU; none of them has run on a GPU yet.
+
+Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has room for, M width, h heads, D head width, G groups of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _place(
+    qkv,
+    gain,
+    rotation,
+    rows,
+    queries,
+    keys,
+    raw,
+    values,
+    tokens,
+    room,
+    eps,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = row % tokens
+    pair = tl.arange(0, PAIRS)
+    there = pair < WIDTH // 2
+    even = 2 * pair
+    angle = rotation + token * HEAD + 2 * (pair % (HEAD // 2))
+    cos = tl.load(angle, there, 0.0)
+    sin = tl.load(angle + 1, there, 0.0)
+    own = qkv + row * 3 * WIDTH + even
+    place = ((row // tokens) * room + tl.load(rows + token)) * WIDTH + even
+
+    a = tl.load(own, there, 0.0).to(tl.float32)
+    b = tl.load(own + 1, there, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(a * a + b * b) / WIDTH + eps)
+    a = a * scale * tl.load(gain + even, there, 0.0).to(tl.float32)
+    b = b * scale * tl.load(gain + even + 1, there, 0.0).to(tl.float32)
+    tl.store(queries + row * WIDTH + even, a * cos - b * sin, there)
+    tl.store(queries + row * WIDTH + even + 1, a * sin + b * cos, there)
+
+    a = tl.load(own + WIDTH, there, 0.0).to(tl.float32)
+    b = tl.load(own + WIDTH + 1, there, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(a * a + b * b) / WIDTH + eps)
+    a = a * scale * tl.load(gain + WIDTH + even, there, 0.0).to(tl.float32)
+    b = b * scale * tl.load(gain + WIDTH + even + 1, there, 0.0).to(tl.float32)
+    tl.store(keys + place, a * cos - b * sin, there)
+    tl.store(keys + place + 1, a * sin + b * cos, there)
+    if RAW:
+        tl.store(raw + place, a, there)
+        tl.store(raw + place + 1, b, there)
+
+    tl.store(values + place, tl.load(own + 2 * WIDTH, there, 0.0), there)
+    tl.store(values + place + 1, tl.load(own + 2 * WIDTH + 1, there, 0.0), there)
+
+
+def place(
+    qkv_R3M: Tensor, gain_2M: Tensor, eps: float, rotation_S1D: Tensor, rows_S: Tensor, keys: Tensor, raw: Tensor | None, values: Tensor
+) -> Tensor:
+    """Normalise queries and keys, rotate both, and put keys and values where a cache keeps them.
+
+    Args:
+        rotation_S1D: complex, as of `rfbench.attention.rotations`.
+        rows_S: token of the cache that each token of the chunk becomes.
+        keys, raw, values: [B, K, h, D], written to; `raw` takes the keys as they are before rotation, None if nobody needs them.
+
+    Returns:
+        queries [B, S, h, D].
+    """
+    (batch, room, heads, head), tokens, width = keys.shape, len(rows_S), gain_2M.shape[-1]
+    queries = torch.empty(batch, tokens, heads, head, dtype=keys.dtype, device=keys.device)
+    angles = torch.view_as_real(rotation_S1D)
+    sizes: dict[str, Any] = {"WIDTH": width, "HEAD": head, "PAIRS": triton.next_power_of_2(width // 2), "RAW": raw is not None}
+    grid = (batch * tokens,)
+    _place[grid](qkv_R3M, gain_2M, angles, rows_S, queries, keys, keys if raw is None else raw, values, tokens, room, eps, **sizes)
+    return queries
+
+
+@triton.jit
+def _norm(
+    x, gate, y, total, shift, gain, out, group, gate_group, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < WIDTH
+    table = (row // group) * WIDTH + at
+    value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
+    if ADDED:
+        more = tl.load(y + row * WIDTH + at, there, 0.0).to(tl.float32)
+        if GATED:
+            more = more * tl.load(gate + (row // gate_group) * WIDTH + at, there, 0.0).to(tl.float32)
+        value = value + more
+        tl.store(total + row * WIDTH + at, value, there)
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+    middle = tl.sum(value) / WIDTH
+    value = tl.where(there, value - middle, 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
+    value = value * tl.load(gain + table, there, 0.0).to(tl.float32) + tl.load(shift + table, there, 0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + at, value, there)
+
+
+def modulate(x_RM: Tensor, shift: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """LN(x) gain + shift, in the dtype of the gain; the tables are [M], or [G, ..., M] with one for each G-th of the rows."""
+    out = torch.empty(x_RM.shape, dtype=gain.dtype, device=x_RM.device)
+    _launch(x_RM, None, None, x_RM, shift, gain, out, eps)
+    return out
+
+
+def add_and_modulate(x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + gate y (or x + y), and `modulate` of it."""
+    total, out = torch.empty_like(x_RM), torch.empty(x_RM.shape, dtype=gain.dtype, device=x_RM.device)
+    _launch(x_RM, gate, y_RM, total, shift, gain, out, eps)
+    return total, out
+
+
+def _launch(x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor, shift: Tensor, gain: Tensor, out: Tensor, eps: float) -> None:
+    rows, width = x.shape
+    groups, gates = gain.numel() // width, 1 if gate is None else gate.numel() // width
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "GATED": gate is not None, "ADDED": y is not None}
+    given = (x, x if gate is None else gate.contiguous(), x if y is None else y, total, shift.contiguous(), gain.contiguous(), out)
+    _norm[(rows,)](*given, rows // groups, rows // gates, eps, **sizes)
+
+
+@triton.jit
+def _norm_silu(x, gain, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps) * tl.load(gain + at, there, 0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + at, value * tl.sigmoid(value), there)
+
+
+def norm_silu(x: Tensor, gain_C: Tensor, eps: float) -> Tensor:
+    """SiLU of the RMS norm over the last axis, which is contiguous: the autoencoder's, one pixel a row."""
+    out, width = torch.empty_like(x), x.shape[-1]
+    _norm_silu[(x.numel() // width,)](x, gain_C, out, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width))
+    return out
+
+
+@triton.jit
+def _as_uint8(x, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, at < count, 0.0).to(tl.float32) * 127.5 + 127.5
+    value = tl.minimum(tl.maximum(value, 0.0), 255.0)
+    whole = tl.floor(value)
+    over = value - whole
+    odd = whole - 2 * tl.floor(whole / 2)
+    whole = whole + tl.where((over > 0.5) | ((over == 0.5) & (odd == 1.0)), 1.0, 0.0)  # halves go to the even side, as torch rounds
+    tl.store(out + at, whole.to(tl.uint8), at < count)
+
+
+def as_uint8(x: Tensor) -> Tensor:
+    """Contiguous values of [-1, 1] as bytes, rounded as `rfbench.video.as_uint8` does."""
+    out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    _as_uint8[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
+    return out

@@ -1,0 +1,81 @@
+"""Every Triton kernel against torch in float64, by Triton's interpreter on a CPU; on a GPU the kernels themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rfbench import video
+from rfbench.attention import rotate, rotations
+from tests.tiny import distance, normal
+
+kernels = pytest.importorskip("rfbench.backbones.wan.kernels", reason="there is no triton; pip install triton", exc_type=ImportError)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-6
+
+
+def drawn(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    return normal(*size, seed=seed).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_queries_are_turned_and_keys_and_values_put_in_place(dtype: torch.dtype, within: float, raw: bool) -> None:
+    batch, frames, height, width, heads, head, room = 2, 2, 2, 3, 3, 20, 30
+    tokens, wide = frames * height * width, heads * head
+    qkv, gain = drawn(batch * tokens, 3 * wide, seed=0, dtype=dtype), drawn(2, wide, seed=1, dtype=dtype)
+    rotation = rotations((4, 7), height, width, head, DEVICE)
+    rows = torch.tensor([*range(18, 24), *range(6)], device=DEVICE)
+    keys, unrotated, values = (drawn(batch, room, heads, head, seed=seed, dtype=dtype) for seed in (2, 3, 4))
+    before = [buffer.clone() for buffer in (keys, unrotated, values)]
+    queries = kernels.place(qkv, gain, EPS, rotation, rows, keys, unrotated if raw else None, values)
+
+    q, k, v = qkv.double().view(batch, tokens, 3, wide).unbind(2)
+    q, k = (functional.rms_norm(x, (wide,), g.double(), EPS).unflatten(-1, (heads, head)) for x, g in ((q, gain[0]), (k, gain[1])))
+    assert distance(queries, rotate(q.float(), rotation)) < within
+    assert distance(keys[:, rows], rotate(k.float(), rotation)) < within
+    assert torch.equal(values[:, rows], v.unflatten(-1, (heads, head)).to(dtype))
+    if raw:
+        assert distance(unrotated[:, rows], k) < within
+    others = [row for row in range(room) if row not in rows.tolist()]
+    for now, then in zip((keys, unrotated, values), before, strict=True):
+        assert torch.equal(now[:, others], then[:, others])
+    assert raw or torch.equal(unrotated, before[1])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_residual_gate_norm_and_modulation_are_one(dtype: torch.dtype, within: float, groups: int) -> None:
+    rows, wide = 10, 36
+    x, y = (drawn(rows, wide, seed=seed, dtype=dtype) for seed in (0, 1))
+    gate, shift, gain = (drawn(groups, 1, wide, seed=seed, dtype=dtype) for seed in (2, 3, 4))
+
+    def spread(table: Any) -> Any:
+        return table.double().expand(groups, rows // groups, wide).reshape(rows, wide)
+
+    def normed(value: Any) -> Any:
+        return functional.layer_norm(value.double(), (wide,), eps=EPS) * spread(gain) + spread(shift)
+
+    assert distance(kernels.modulate(x, shift, gain, EPS), normed(x)) < within
+    for how in (gate, gate[:1], None):
+        total, out = kernels.add_and_modulate(x, how, y, shift, gain, EPS)
+        wanted = x.double() + (y.double() if how is None else spread(how) * y.double())
+        assert distance(total, wanted) < within and distance(out, normed(wanted)) < 2 * within
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_the_autoencoders_norm_and_silu_are_one(dtype: torch.dtype, within: float) -> None:
+    x, gain = drawn(2, 3, 5, 12, seed=0, dtype=dtype), drawn(12, seed=1, dtype=dtype)
+    wanted = functional.silu(functional.rms_norm(x.double(), (12,), gain.double(), 1e-24))
+    assert distance(kernels.norm_silu(x, gain, 1e-24), wanted) < within
+
+
+def test_bytes_are_those_of_the_plain_conversion() -> None:
+    """Halves too, which go to the even neighbour, and what lies outside."""
+    halves = ((torch.arange(0, 255) + 0.5) - 127.5) / 127.5
+    x = torch.cat([halves, torch.linspace(-1.2, 1.2, 2001)]).to(DEVICE).view(1, 2, 1, 8, -1)
+    assert torch.equal(kernels.as_uint8(x.permute(0, 1, 3, 4, 2).contiguous()), video.as_uint8(x))
