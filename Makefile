@@ -1,8 +1,9 @@
-# make demo    the whole line in miniature: train, generate, score, time, report
-# make test    the tests
-# make lint    format, style and types
-# make bench   the measurements that benchmarks/ holds, one after another
-# make clean   removes the environment and caches; runs/ and reports/ stay
+# make demo         the whole line in miniature: train, generate, score, time, report
+# make test         the tests
+# make test-vbench  the tests that need VBench's own interpreter, which it builds
+# make lint         format, style and types
+# make bench        the measurements that benchmarks/ holds, one after another
+# make clean        removes the environment and caches; runs/ and reports/ stay
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
 VENV := .venv
@@ -15,7 +16,7 @@ WORKERS ?= 2
 # Packages are compiled when they are first imported, not all at once by pip: a minute less. That needs permission to keep the result.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-vbench lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/rfbench reproduce toy
@@ -24,13 +25,17 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
+# What compares VBench's two drivers: 2.5 GB of packages and some minutes; RFBENCH_SLOW=1 adds the large networks.
+test-vbench: $(VENV)/ready-dev
+	RFBENCH_VBENCH_PYTHON=$$($(BIN)/rfbench env vbench) && export RFBENCH_VBENCH_PYTHON && $(BIN)/python -m pytest -q tests/test_vbench_worker.py tests/test_vbench_drivers.py
+
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(foreach file,$(wildcard benchmarks/*.py),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
+	$(foreach file,$(filter-out %/vbench.py,$(wildcard benchmarks/*.py)),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

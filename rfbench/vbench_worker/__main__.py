@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--driver", choices=DRIVERS, default="fast", help="whose versions --check tells")
     parser.add_argument("--random", type=int, metavar="SEED", help="check for drawn weights")
     chosen = parser.parse_args(arguments)
-    write = _only_rows_on_stdout()
+    write = only_rows_on_stdout()
     torchvision_ops.declare()
     try:
         networks.supply_words()
@@ -63,7 +63,7 @@ def read(path: Path) -> Job:
     return job
 
 
-def _only_rows_on_stdout() -> Any:
+def only_rows_on_stdout() -> Any:
     """A function that writes a row to stdout; whatever else is printed goes to stderr, as vbench prints much."""
     rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

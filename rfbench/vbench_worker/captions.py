@@ -50,7 +50,7 @@ class Scene:
         return Result(sum(frames) / len(frames), len(frames), {"captions": captions})
 
 
-def _with_past(self: Any, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **named: Any) -> dict[str, Any]:
+def _with_past(self: Any, input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, **model_kwargs: Any) -> dict[str, Any]:
     """The inputs of a step: the new word alone, beside what is known of the others."""
     if past_key_values is None:
         _forget(self)
@@ -58,8 +58,8 @@ def _with_past(self: Any, input_ids: Tensor, past_key_values: Any = None, attent
         "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
         "attention_mask": input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask,
         "past_key_values": past_key_values,
-        "encoder_hidden_states": named.get("encoder_hidden_states"),
-        "encoder_attention_mask": named.get("encoder_attention_mask"),
+        "encoder_hidden_states": model_kwargs.get("encoder_hidden_states"),
+        "encoder_attention_mask": model_kwargs.get("encoder_attention_mask"),
         "is_decoder": True,
     }
 

@@ -55,6 +55,7 @@ def _weight(dimension: str, frames: int) -> int:
     return 16 if dimension in ("object_class", "multiple_objects", "spatial_relationship", "scene") else 1
 
 
+@torch.no_grad()  # changes no number; without it the captions of one clip take 17 GB
 def _compute(dimension: str, items: Sequence[Item], device: torch.device) -> list[float | None]:
     """vbench's value of each clip; None for a clip that it leaves out of the mean."""
     with tempfile.TemporaryDirectory() as folder:

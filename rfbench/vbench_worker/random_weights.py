@@ -38,7 +38,7 @@ def draw(network: nn.Module, seed: int) -> nn.Module:
                 reach = (3 / parameter[0].numel()) ** 0.5
                 parameter.uniform_(-reach, reach, generator=rng)
             elif parameter.dim() == 1:
-                constant = float(parameter[0]) if bool((parameter == parameter[0]).all()) else 0.0
+                constant = float(parameter[0]) if len(parameter) > 1 and bool((parameter == parameter[0]).all()) else 0.0
                 parameter.uniform_(constant - 0.1, constant + 0.1, generator=rng)
     return network
 
@@ -61,7 +61,7 @@ def random_weights(seed: int) -> Iterator[None]:
         return draw(self, seed) if MARK in state else load_state_dict(self, state, *args, **named)
 
     def clip_load(name: str, device: Any = "cpu", **_: Any) -> tuple[nn.Module, None]:
-        return draw(clip.model.CLIP(*CLIPS["L" if "L" in Path(name).name else "B"]), seed).to(device).eval(), None
+        return draw(clip.model.CLIP(*CLIPS["L" if "ViT-L" in name else "B"]), seed).to(device).eval(), None
 
     def hub_load(*_: Any, **__: Any) -> nn.Module:
         """DINO's code is not part of vbench: the same architecture from timm."""

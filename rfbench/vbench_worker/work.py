@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -131,6 +132,15 @@ def _attempt(scorer: Any, footage: Footage, item: Item) -> Result | str:
 def _row(item: Item, version: str, result: Result | str, seconds: float) -> Row:
     if isinstance(result, str):
         return Row(item.id, item.dimension, version, None, reason=result, seconds=seconds)
-    if result.value is not None and result.value != result.value:
+    if result.value is not None and not math.isfinite(result.value):
         return Row(item.id, item.dimension, version, None, reason=f"{item.dimension} gives no number (NaN)", seconds=seconds)
-    return Row(item.id, item.dimension, version, result.value, result.weight, None, seconds, result.extra)
+    return Row(item.id, item.dimension, version, result.value, result.weight, None, seconds, _plain(result.extra))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: what is no number becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
