@@ -2,7 +2,7 @@
 # make test         the tests
 # make test-vbench  the tests that need VBench's own interpreter, which it builds
 # make lint         format, style and types
-# make bench        the measurements that benchmarks/ holds, one after another
+# make bench        the measurements that benchmarks/ holds, one after another; vbench.py and gpu.py need more than a laptop
 # make clean        removes the environment and caches; runs/ and reports/ stay
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
@@ -35,7 +35,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(foreach file,$(filter-out %/vbench.py,$(wildcard benchmarks/*.py)),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
+	$(foreach file,$(filter-out %/vbench.py %/gpu.py,$(wildcard benchmarks/*.py)),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
