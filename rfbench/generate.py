@@ -236,7 +236,7 @@ def _intact(directory: Path, own: Path, *, alone: bool) -> dict[str, Clip]:
     """
     files = records.clip_files(directory)
     rows = {path: records.read_rows(path, Clip) for path in files}
-    whole = {path: [clip for clip in clips if _matches(directory / clip.file, clip.sha256)] for path, clips in rows.items()}
+    whole = {path: records.intact(directory, clips) for path, clips in rows.items()}
     for path in files:
         if not alone and path != own and whole[path] != rows[path]:
             raise UserError(f"a video that {path} tells of is gone or was altered; run this again without --shard", code=1)
@@ -249,10 +249,6 @@ def _intact(directory: Path, own: Path, *, alone: bool) -> dict[str, Clip]:
         if path != own:
             path.unlink()
     return found
-
-
-def _matches(path: Path, sha256: str) -> bool:
-    return path.is_file() and records.sha256_of(path) == sha256
 
 
 def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:

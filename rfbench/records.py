@@ -6,6 +6,7 @@ Standard library only, so that a scorer in another interpreter can import it. Fi
     <run>/clips.jsonl           one Clip per line, appended after the video's own rename
     <run>/clips.1of4.jsonl      the same by the writer of a shard; `read_clips` puts them together
     <run>/videos/<clip id>.mp4
+    <run>/.seen.json            which videos were found to be those of their rows; may be lost
     <run>/rounds.jsonl          profile runs: one `rfbench.timing.Round` per line
     <run>/scores/<scorer>.jsonl one Score per line; <scorer>.json says with what and over which clips, <scorer>.ledger.jsonl keeps answers
 
@@ -20,8 +21,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -68,6 +70,10 @@ class Clip:
     width: int
     file: str  # relative to the run directory
     sha256: str
+
+    def __post_init__(self) -> None:
+        for text in ("prompt", "generated_from"):  # long, and the same for all samples: kept once
+            object.__setattr__(self, text, sys.intern(getattr(self, text)))
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,34 @@ def read_clips(directory: Path) -> list[Clip]:
     return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
 
 
+def intact(directory: Path, clips: Sequence[Clip]) -> list[Clip]:
+    """The clips whose video is the one that their row tells of.
+
+    A video is read once; after that its size and times tell, which `<run>/.seen.json` remembers. Two who write that at once may
+    forget each other's entries, which costs time and no truth; scorers read every byte that they judge.
+    """
+    store = directory / ".seen.json"
+    try:
+        known = json.loads(store.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    found, seen = list[Clip](), dict[str, str]()
+    for clip in clips:
+        try:
+            about = os.stat(f"{directory}/{clip.file}")
+            mark = f"{clip.sha256} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+            if known.get(clip.file) != mark and sha256_of(directory / clip.file) != clip.sha256:
+                continue
+        except OSError:
+            continue
+        found.append(clip)
+        seen[clip.file] = mark
+    if any(known.get(file) != mark for file, mark in seen.items()):
+        with contextlib.suppress(UserError):
+            write_text(store, canonical(known | seen))
+    return found
+
+
 def clips_sha256(clips: Iterable[Clip]) -> str:
     """Identity of a set of videos: which bytes under which clip id."""
     return hashlib.sha256(canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
@@ -208,12 +242,14 @@ def clip_files(directory: Path) -> list[Path]:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.exists():
         return
-    *complete, _torn = path.read_bytes().split(b"\n")
-    for number, line in enumerate(complete, start=1):
-        try:
-            yield number, json.loads(line)
-        except ValueError:
-            raise UserError(f"{path} line {number} is damaged; delete the file and run the command that wrote it again") from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                raise UserError(f"{path} line {number} is damaged; delete the file and run the command that wrote it again") from None
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def suite(tmp_path: Path) -> str:
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
     """Everything in a run directory that must not depend on how it came about."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "run.json")
+    files = (path for path in sorted(directory.rglob("[!.]*")) if path.is_file() and path.name != "run.json")
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
