@@ -36,9 +36,14 @@ class Prepared:
         return RANDOM if self.weights is None else identity(self.weights, self.cfg.weights)
 
     @functools.cached_property
+    def blank(self) -> Backbone:
+        """The backbone without its weights, which knows its sizes."""
+        return open_backbone(self.cfg.backbone, **_settings(self.cfg, self.reduced))
+
+    @property
     def fps(self) -> int:
         """Pixel frames per second of what it makes."""
-        return open_backbone(self.cfg.backbone, **_settings(self.cfg, self.reduced)).shape.fps
+        return self.blank.shape.fps
 
     def inputs(self) -> dict[str, Any]:
         """What of a baseline is a declared input of a run: what its videos depend on. The rest is recorded, so that a run outlives a note."""

@@ -63,6 +63,10 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Recipe)), show_default=False)
 ]
 Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
+EngineName = Annotated[str, typer.Option("--engine", metavar="here|ray", help="This process, or workers of a Ray cluster.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="With ray; by default one for each GPU, else for each core.", show_default=False)
+]
 BaselineName = Annotated[
     str,
     typer.Argument(
@@ -138,6 +142,8 @@ def generate(
     limit: Limit = None,
     shard: Shard = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="See that everything runs, without the file.")] = False,
+    engine: EngineName = "here",
+    workers: Workers = None,
     name: Name = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
@@ -146,7 +152,7 @@ def generate(
     """Make every clip of a suite with a baseline."""
     from rfbench import generate as verb
 
-    how = {"random_weights": random_weights, "fresh": fresh, "dry_run": dry_run}
+    how = {"random_weights": random_weights, "fresh": fresh, "dry_run": dry_run} | _spread(engine, workers)
     _print_path(verb.generate(baseline, suite, fields or [], name=name, limit=limit, shard=shard, **how), as_json)
 
 
@@ -194,13 +200,15 @@ def evaluate(
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
     check_setup: Annotated[bool, typer.Option("--check-setup", help="Try the scorers, or those named, on two tiny clips.")] = False,
+    engine: EngineName = "here",
+    workers: Workers = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Score the clips of a run."""
     names = [name.strip() for text in scorer or [] for name in text.split(",")]
     if check_setup:
-        if run is not None or against is not None or partial or fresh:
+        if run is not None or against is not None or partial or fresh or engine != "here":
             raise UserError("--check-setup makes its own clips: give it no run and nothing else but -s")
         from rfbench import rehearsal
 
@@ -209,7 +217,8 @@ def evaluate(
         raise UserError("say which run to score: rfbench eval <baseline>/<suite>, or its directory")
     from rfbench import evaluate as verb
 
-    _print_path(verb.evaluate(_run(run), names, against=None if against is None else _run(against), partial=partial, fresh=fresh), as_json)
+    how = {"against": None if against is None else _run(against), "partial": partial, "fresh": fresh} | _spread(engine, workers)
+    _print_path(verb.evaluate(_run(run), names, **how), as_json)
 
 
 @app.command()
@@ -380,6 +389,15 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
         print(rfbench.__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
+
+
+def _spread(engine: str, workers: int | None) -> dict[str, Any]:
+    """Who does the work, as keywords of a verb."""
+    if engine not in ("here", "ray"):
+        raise UserError(f"--engine {engine}: there are 'here' and 'ray'")
+    if engine == "here" and workers is not None:
+        raise UserError("--workers is for --engine ray; leave it out, or use --shard")
+    return {"engine": engine, "workers": workers}
 
 
 def _scorers() -> list[str]:

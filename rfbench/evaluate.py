@@ -13,20 +13,24 @@ the other clips have their scores, and a report does without all of them until t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfbench import provenance, records
+from rfbench import fleet, provenance, records
 from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
 from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Scorer, Summarising
+
+AT_ONCE = 8  # clips that a worker of a cluster takes at a time
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,20 @@ class Kept:
     rows: tuple[Score, ...]
 
 
-def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = None, partial: bool = False, fresh: bool = False) -> Path:
+def evaluate(
+    run: Path,
+    scorers: Sequence[str] = (),
+    *,
+    against: Path | None = None,
+    partial: bool = False,
+    engine: fleet.Engine = "here",
+    workers: int | None = None,
+    fresh: bool = False,
+) -> Path:
     """Score a finished run, or with `partial` what there is of an unfinished one; by those that need no weights if none is named.
 
-    `against` is the run that scorers which compare are to compare with. Every scorer has its turn, whatever becomes of the one before.
+    `against` is the run that scorers which compare are to compare with. With engine "ray" the `workers` of a cluster judge the clips,
+    but for scorers that look at them together; the scores are the same. Every scorer has its turn, whatever becomes of the one before.
 
     Returns:
         the directory of the scores.
@@ -71,7 +85,7 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = N
         for scorer in chosen:
             about = {"version": versions[scorer.name], "fingerprint": found.fingerprint, "partial": unfinished}
             try:
-                _score(scorer, run, clips, about, fresh, partial)
+                _score(scorer, run, clips, about, fresh, partial, _spreading(engine, workers))
             except UserError as error:
                 failed.append(error)
     if len(failed) > 1:
@@ -81,7 +95,27 @@ def evaluate(run: Path, scorers: Sequence[str] = (), *, against: Path | None = N
     return run / "scores"
 
 
-def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], fresh: bool, partial: bool) -> None:
+Judge = Callable[[Scorer, list[Clip], Path], Iterable[Answer]]
+
+
+def _spreading(engine: fleet.Engine, workers: int | None) -> Judge:
+    """How a scorer is asked about clips: here, or by workers that take a few clips at a time."""
+
+    def asked(scorer: Scorer, clips: list[Clip], run: Path) -> Iterable[Answer]:
+        if engine == "here" or scorer.together:
+            return scorer.score(clips, run)
+        batches = [clips[start : start + AT_ONCE] for start in range(0, len(clips), AT_ONCE)]
+        return itertools.chain.from_iterable(fleet.spread(functools.partial(_judge, scorer, run.resolve()), batches, workers))
+
+    return asked
+
+
+def _judge(scorer: Scorer, run: Path) -> Callable[[list[Clip]], list[Answer]]:
+    """What a worker does."""
+    return lambda clips: list(scorer.score(clips, run))
+
+
+def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], fresh: bool, partial: bool, judge: Judge) -> None:
     """Run one scorer over the clips that it has not answered for.
 
     Raises:
@@ -109,7 +143,7 @@ def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], 
     refused: dict[str, str] = {}
     todo = [clip for clip in clips if clip.id not in answers]
     with records.appending(ledger) as append, Progress(f"{scorer.name} on {run.parent.name}/{run.name}", len(clips), done=len(answers)) as progress:
-        for clip, answer in _asked(scorer, todo, run):
+        for clip, answer in _asked(scorer, todo, run, judge):
             if answer.refused is not None:
                 refused[clip.id] = answer.refused
             else:
@@ -150,7 +184,7 @@ def _kept(ledger: Path, clips: list[Clip], version: str) -> dict[str, tuple[Scor
     return {line.clip: tuple(Score(**row) for row in line.rows) for line in lines if (line.clip, line.sha256, line.version) in wanted}  # type: ignore[arg-type]
 
 
-def _asked(scorer: Scorer, clips: list[Clip], run: Path) -> Iterator[tuple[Clip, Answer]]:
+def _asked(scorer: Scorer, clips: list[Clip], run: Path, judge: Judge) -> Iterator[tuple[Clip, Answer]]:
     """The scorer's answers, one for each clip; rows that hold no number are a refusal.
 
     Raises:
@@ -161,7 +195,7 @@ def _asked(scorer: Scorer, clips: list[Clip], run: Path) -> Iterator[tuple[Clip,
         return UserError(f"scorer '{scorer.name}' {what}; mend the scorer and run this again: what it had said of other clips is kept", code=1)
 
     waiting = {clip.id: clip for clip in clips}
-    for answer in scorer.score(clips, run) if clips else ():
+    for answer in judge(scorer, clips, run) if clips else ():
         clip = waiting.pop(answer.clip, None)
         if clip is None:
             raise mistaken(f"spoke of clip {answer.clip}, which it was not asked for or had answered for")

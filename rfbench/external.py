@@ -67,6 +67,36 @@ class Ready:
         """Frames per second of what it makes."""
         return self.cfg.fps
 
+    def frames(self, asked: Suite) -> int:
+        """Of a clip of the suite, see `frames_of`."""
+        return frames_of(self.cfg, asked, self.name)
+
+    def check(self, asked: Suite) -> None:
+        """Its authors' code takes any prompt."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records: the environment that is there, and the protocol that is the system's own."""
+        return {"environment": strict.as_plain(envs.found(self.cfg.env)), "protocol": self.cfg.protocol}
+
+    def make(self, asked: Suite, todo: Sequence[tuple[Prompt, int]], directory: Path, writer: str) -> Iterator[tuple[int, list[Clip]]]:
+        """One clip at a time, or none where it failed, see `make`."""
+        return ((1, clips) for clips in make(self, asked, todo, directory, writer))
+
+    def result(self, directory: Path, writer: str, mine: int) -> dict[str, Any]:
+        """How long clips took.
+
+        Raises:
+            UserError: some failed, though everything was tried: a table over the others would be about another suite (code 1).
+        """
+        failed = records.read_rows(directory / f"failed.{writer}.jsonl", Failed)
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); {directory / f'failed.{writer}.jsonl'} "
+                "has their logs, and the same command tries them again",
+                code=1,
+            )
+        return {"times": summary(times(directory))}
+
     def inputs(self) -> dict[str, Any]:
         """What of it is a declared input of a run."""
         plain = {key: value for key, value in strict.as_plain(self.cfg).items() if key not in TOLD}

@@ -12,16 +12,18 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rfbench import attention, baselines, config, envs, external, provenance, records, sampler, strict, suites, video
+from rfbench import attention, baselines, config, external, fleet, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import TEMPORAL, Backbone, pixel_frames
 from rfbench.baselines import Prepared
-from rfbench.config import SamplerCfg
+from rfbench.config import Baseline, External, SamplerCfg
 from rfbench.errors import UserError
 from rfbench.progress import Progress, say
 from rfbench.records import RANDOM, Clip
@@ -42,10 +44,14 @@ def generate(
     limit: int | None = None,
     shard: str | None = None,
     random_weights: bool = False,
+    engine: fleet.Engine = "here",
+    workers: int | None = None,
     fresh: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Make the clips of a suite that are not there yet; with `shard` "I/N" only every N-th from the I-th on.
+
+    With engine "ray" the `workers` of a cluster make them, batch by batch (`rfbench.fleet`); the clips are the same.
 
     `random_weights` shows that everything runs without any file: by a network with random weights, small where the backbone has
     a small size. Its run is called `<name>-random`.
@@ -57,27 +63,22 @@ def generate(
         UserError: the baseline, the suite or one of its prompts cannot be used; the directory holds another run; the disk
             is full (code 1).
     """
-    ready = _prepare(baseline, overrides, name, random_weights)
+    maker = _maker(baseline, overrides, name, random_weights, engine, workers)
     asked = suites.load_suite(suite, limit)
-    if isinstance(ready, external.Ready):
-        frames = external.frames_of(ready.cfg, asked, ready.name)
-    else:
-        frames = asked.frames_at(ready.fps)
-        latents = ready.latents(frames, f"suite '{asked.name}'")
+    frames = maker.frames(asked)
     items = asked.items
     mine = items if shard is None else suites.shard(items, shard)
-    directory = settings().runs / "bench" / ready.name / asked.name
-    inputs = ready.inputs() | {"suite": suites.declared(asked) | {"sha256": suites.suite_sha256(asked)}}
+    directory = settings().runs / "bench" / maker.name / asked.name
+    inputs = maker.inputs() | {"suite": suites.declared(asked) | {"sha256": suites.suite_sha256(asked)}}
     if dry_run:
         say(f"{len(mine)} clips of {frames} frames, {len(records.read_clips(directory))} rows are there")
         return directory
-    opened = functools.cache(lambda native: _open(native, asked))
-    if isinstance(ready, Prepared) and (fresh or not _is_done(directory, inputs)):
-        opened(ready)  # what is wrong with a prompt must come out before there is a directory
-    rows = directory / (f"clips.{shard.replace('/', 'of')}.jsonl" if shard else "clips.jsonl")
-    writer = shard and rows.name.split(".")[1]
-    with provenance.session(directory, "generate", f"{ready.name}/{asked.name}", inputs, fresh=fresh, writer=writer) as run:
-        if run.run.recorded.get("baseline") != (told := strict.as_plain(ready.cfg)):
+    if fresh or not _is_done(directory, inputs):
+        maker.check(asked)  # what is wrong with a prompt must come out before there is a directory
+    writer = shard.replace("/", "of") if shard else None
+    rows = directory / (f"clips.{writer}.jsonl" if writer else "clips.jsonl")
+    with provenance.session(directory, "generate", f"{maker.name}/{asked.name}", inputs, fresh=fresh, writer=writer) as run:
+        if run.run.recorded.get("baseline") != (told := strict.as_plain(maker.cfg)):
             run.record(baseline=told)
         kept = _intact(directory, rows, alone=shard is None)
         if run.done and len(kept) < len(items):
@@ -86,52 +87,105 @@ def generate(
             if random_weights:
                 run.record(weights=RANDOM)
                 say("weights: random; what is made of them means nothing")
+            run.record(**maker.facts())
             todo = [(prompt, sample) for prompt, sample in mine if clip_id(prompt.id, sample) not in kept]
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
-                if isinstance(ready, external.Ready):
-                    run.record(environment=strict.as_plain(envs.found(ready.cfg.env)), protocol=ready.cfg.protocol)
-                    for clips in external.make(ready, asked, todo, directory, writer or "alone"):
-                        for clip in clips:
-                            append(clip)
-                        progress.advance()
-                else:
-                    run.record(device=str(baselines.device()), threads=torch.get_num_threads(), attention=attention.kernel())
-                    for batch in _batches(opened(ready), ready.cfg.sampler, latents, todo):
-                        for clip in _make(opened(ready), ready.cfg.sampler, asked, batch, latents, directory):
-                            append(clip)
-                        progress.advance(len(batch))
+                for tried, clips in maker.make(asked, todo, directory, writer or "alone"):
+                    for clip in clips:
+                        append(clip)
+                    progress.advance(tried)
             made = _intact(directory, rows, alone=shard is None)
-            if isinstance(ready, external.Ready):
-                _refuse_failed(directory, writer or "alone", len(mine))
-                run.result["times"] = external.summary(external.times(directory))
+            run.result |= maker.result(directory, writer or "alone", len(mine)) | {"clips": len(made)}
             run.complete = len(made) == len(items)
-            run.result["clips"] = len(made)
     return directory
 
 
-def _prepare(baseline: str, overrides: Sequence[str], name: str | None, random_weights: bool) -> Prepared | external.Ready:
+class Maker(Protocol):
+    """A baseline that is ready to make clips: one of ours, or one that its authors' code runs."""
+
+    @property
+    def name(self) -> str:
+        """Of its runs."""
+
+    @property
+    def cfg(self) -> Baseline | External: ...
+
+    def inputs(self) -> dict[str, Any]:
+        """What its videos depend on."""
+
+    def frames(self, asked: Suite) -> int:
+        """Of a clip of the suite."""
+
+    def check(self, asked: Suite) -> None:
+        """Refuse what it cannot make, before anything is written."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of how its clips are made."""
+
+    def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, Sequence[Clip]]]:
+        """How many clips were tried, and the rows of those that are there, some at a time."""
+
+    def result(self, directory: Path, writer: str, mine: int) -> dict[str, Any]:
+        """Headlines once everything was tried; an error, if some of the writer's clips could not be made."""
+
+
+def _maker(baseline: str, overrides: Sequence[str], name: str | None, random_weights: bool, engine: fleet.Engine, workers: int | None) -> Maker:
     """A baseline of either kind.
 
     Raises:
-        UserError: it cannot be used, or has no random weights because its authors' code loads them.
+        UserError: it cannot be used, or not in this way.
     """
     if config.is_external(baseline):
-        if random_weights:
-            raise UserError(f"--random-weights: '{baseline}' is run by its authors' code, which loads its weights; leave it out")
+        if random_weights or engine != "here":
+            option = "--random-weights" if random_weights else f"--engine {engine}"
+            raise UserError(f"{option}: '{baseline}' is run by its authors' code in a process of its own, by its own weights; leave it out")
         return external.prepare(baseline, overrides, name=name)
     ready = baselines.prepare(baseline, overrides, name=name, random_weights=random_weights, reduced=True)
-    return dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}") if random_weights else ready
+    return Native(dataclasses.replace(ready, name=f"{ready.name}-{RANDOM}") if random_weights else ready, engine, workers)
 
 
-def _refuse_failed(directory: Path, writer: str, mine: int) -> None:
-    """Fail, once everything was tried, if some clips could not be made: a table over the others would be about another suite."""
-    failed = records.read_rows(directory / f"failed.{writer}.jsonl", external.Failed)
-    if failed:
-        raise UserError(
-            f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); {directory / f'failed.{writer}.jsonl'} "
-            "has their logs, and the same command tries them again",
-            code=1,
-        )
+@dataclass
+class Native:
+    """A baseline that runs here, or in the workers of a cluster; its model is opened when it is first needed."""
+
+    ready: Prepared
+    engine: fleet.Engine = "here"
+    workers: int | None = None
+    backbone: Backbone | None = None
+
+    @property
+    def name(self) -> str:
+        return self.ready.name
+
+    @property
+    def cfg(self) -> Baseline:
+        return self.ready.cfg
+
+    def inputs(self) -> dict[str, Any]:
+        return self.ready.inputs()
+
+    def frames(self, asked: Suite) -> int:
+        frames = asked.frames_at(self.ready.fps)
+        self.ready.latents(frames, f"suite '{asked.name}'")
+        return frames
+
+    def check(self, asked: Suite) -> None:
+        """Opens the model; on a cluster that is for its workers to do."""
+        if self.engine == "here":
+            self.backbone = _open(self.ready, asked)
+
+    def facts(self) -> dict[str, Any]:
+        return {"device": str(baselines.device()), "threads": torch.get_num_threads(), "attention": attention.kernel()}
+
+    def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, Sequence[Clip]]]:
+        latents = self.ready.latents(self.frames(asked), f"suite '{asked.name}'")
+        batches = _batches(self.ready.blank, self.cfg.sampler, latents, todo)
+        opener = functools.partial(_filming, self.ready, asked, latents, directory.resolve(), self.backbone)
+        made = fleet.spread(opener, batches, self.workers) if self.engine == "ray" else map(opener(), batches)
+        return ((len(clips), clips) for clips in made)
+
+    def result(self, directory: Path, writer: str, mine: int) -> dict[str, Any]:
+        return {}
 
 
 def sample(
@@ -251,25 +305,34 @@ def _intact(directory: Path, own: Path, *, alone: bool) -> dict[str, Clip]:
     return found
 
 
-def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[Item]) -> Iterator[Sequence[Item]]:
+def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[Item]) -> list[Sequence[Item]]:
     """Clips that are made together: as many as fill TOKENS."""
     shape = sampler.cache_shape(backbone, 1, latents)
     size = max(1, TOKENS // ((cfg.chunk or latents) * shape.height * shape.width))
-    return (todo[start : start + size] for start in range(0, len(todo), size))
+    return [todo[start : start + size] for start in range(0, len(todo), size)]
 
 
-def _make(backbone: Backbone, cfg: SamplerCfg, asked: Suite, batch: Sequence[Item], latents: int, directory: Path) -> Iterator[Clip]:
-    """Make a batch of clips; their rows, once all their videos are there."""
-    ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
-    seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
-    files = [f"videos/{clip}.mp4" for clip in ids]
-    fps, frames = backbone.shape.fps, asked.frames_at(backbone.shape.fps)
-    prompts = [_given(prompt) for prompt, _ in batch]
-    _film(backbone, cfg, prompts, seeds, latents, frames, fps, [directory / file for file in files])
-    size = (backbone.shape.pixel_height, backbone.shape.pixel_width)
-    for (prompt, sample), clip, seed, file in zip(batch, ids, seeds, files, strict=True):
-        sha256 = records.sha256_of(directory / file)
-        yield Clip(clip, prompt.id, sample, prompt.text, _given(prompt), seed, frames, fps, *size, file, sha256)
+def _filming(ready: Prepared, asked: Suite, latents: int, directory: Path, backbone: Backbone | None) -> Callable[[Sequence[Item]], list[Clip]]:
+    """The function that makes a batch of clips and returns their rows, once all their videos are there; without `backbone` it opens one."""
+    model = _open(ready, asked) if backbone is None else backbone
+    shape, frames = model.shape, asked.frames_at(model.shape.fps)
+
+    def make(batch: Sequence[Item]) -> list[Clip]:
+        ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
+        seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
+        files = [f"videos/{clip}.mp4" for clip in ids]
+        _film(
+            model, ready.cfg.sampler, [_given(prompt) for prompt, _ in batch], seeds, latents, frames, shape.fps, [directory / file for file in files]
+        )
+        return [
+            Clip(
+                *(clip, prompt.id, sample, prompt.text, _given(prompt), seed),
+                *(frames, shape.fps, shape.pixel_height, shape.pixel_width, file, records.sha256_of(directory / file)),
+            )
+            for (prompt, sample), clip, seed, file in zip(batch, ids, seeds, files, strict=True)
+        ]
+
+    return make
 
 
 def _film(

@@ -73,6 +73,8 @@ def test_help_is_quick_because_it_loads_nothing_heavy():
         (["eval", "nobody/toy-short"], "there is no run 'nobody/toy-short'; there is none"),
         (["generate", "toy/teacher", "--limit", "0"], "Invalid value for '--limit'"),
         (["sample", "toy/teacher", "a red disc", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["generate", "toy/teacher", "--engine", "slurm"], "--engine slurm: there are 'here' and 'ray'"),
+        (["generate", "toy/teacher", "--workers", "2"], "--workers is for --engine ray; leave it out, or use --shard"),
         (["generate", "toy/teecher"], "there is no baseline 'toy/teecher'; did you mean 'toy/teacher'?"),
         (["train", "toy/techer"], "there is no recipe 'toy/techer'; did you mean 'toy/teacher'?"),
         (["train", "toy/teacher", "stesp=3"], "'stesp': Recipe has no field 'stesp'; did you mean 'steps'?"),
@@ -121,6 +123,9 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path):
     assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+HERE = {"engine": "here", "workers": None}
+
+
 @pytest.mark.parametrize(
     ("module", "verb", "arguments", "positional", "named"),
     [
@@ -131,7 +136,7 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path):
         ),
         (
             *("generate", "generate", ["toy/x", "--suite", "smoke", "--shard", "1/2", "--limit", "3", "--name", "n", "--dry-run"]),
-            *(("toy/x", "smoke", []), {"name": "n", "limit": 3, "shard": "1/2", "random_weights": False, "fresh": False, "dry_run": True}),
+            *(("toy/x", "smoke", []), {"name": "n", "limit": 3, "shard": "1/2", "random_weights": False, "fresh": False, "dry_run": True} | HERE),
         ),
         (
             *("generate", "sample", ["toy/x", "a red disc", "sampler.shift=3", "--seed", "7", "--out", "y.mp4"]),
@@ -186,7 +191,7 @@ def test_a_run_is_found_by_name_and_by_path(capsys, folders, monkeypatch):
     for spelled in ("x/smoke", str(directory)):
         code, out, _ = call(capsys, "eval", spelled, "-s", "motion", "--json")
         assert code == 0 and json.loads(out)["result"] == {"clips": 2} and json.loads(out)["status"] == "done"
-    assert calls == [((directory, ["motion"]), {"against": None, "partial": False, "fresh": False})] * 2
+    assert calls == [((directory, ["motion"]), {"against": None, "partial": False, "fresh": False} | HERE)] * 2
     assert call(capsys, "eval", "x/smok")[2] == "error: there is no run 'x/smok'; did you mean 'x/smoke'?\n"
     assert call(capsys, "report", "x/smoke", "--check")[0] == 0
     assert calls[-1] == (([directory],), {"study": None, "out": folders / "reports", "record": False, "check": True})

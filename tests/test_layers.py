@@ -20,7 +20,7 @@ LAYERS = [
         *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
         *("vbench", "published", "envs", "processes"),
     },
-    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video"},
+    {"attention", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "fleet"},
     {
         "sampler",
         "rolling",
@@ -44,7 +44,7 @@ LAYERS = [
 ]
 VERBS = {"train", "generate", "evaluate", "profiling", "report"}
 FAMILIES = {"backbones", "methods", "scorers"}
-OPTIONAL = {"cv2", "transformers", "accelerate", "vbench", "flash_attn"}
+OPTIONAL = {"cv2", "lmdb", "ray", "transformers", "accelerate", "vbench", "flash_attn"}
 
 
 def layer_of(module: str) -> int:
