@@ -11,15 +11,33 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rfbench import config
-from rfbench.config import Baseline, External, Recipe, Study
+from rfbench.config import Baseline, External, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.options import (
+    BaselineName,
+    DryRun,
+    EngineName,
+    Fields,
+    Fresh,
+    Json,
+    Limit,
+    Name,
+    RecipeName,
+    Shard,
+    StudyName,
+    Workers,
+    completes,
+    runs,
+    scorers,
+    suite_names,
+)
 from rfbench.settings import settings
 
 app = typer.Typer(
@@ -32,57 +50,12 @@ UsageError: Any = typer.BadParameter.__bases__[0]  # typer gives out only this c
 STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
-def _completes(names: Callable[[], Any]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in names() if name.startswith(incomplete)]
-
-    return complete
-
-
-def _suite_names() -> list[str]:
-    from rfbench.suites import SUITES
-
-    return list(SUITES)
-
-
-def _runs() -> dict[str, Path]:
-    """Name -> directory of the bench runs that there are: `<baseline>/<suite>`."""
-    home = settings().runs / "bench"
-    return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
-
-
 WHAT = ("recipes", "baselines", "suites", "studies", "claims", "scorers", "policies", "methods", "hardware", "environments")
-
-Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
-Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is there and start over.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the request and say what would be done.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a path or a table.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.", show_default=False)]
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Recipe)), show_default=False)
-]
-Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
-EngineName = Annotated[str, typer.Option("--engine", metavar="here|ray", help="This process, or workers of a Ray cluster.")]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="With ray; by default one for each GPU, else for each core.", show_default=False)
-]
-BaselineName = Annotated[
-    str,
-    typer.Argument(
-        metavar="BASELINE",
-        help="Name or YAML file.",
-        autocompletion=_completes(lambda: [*config.names_of(Baseline), *config.names_of(External)]),
-        show_default=False,
-    ),
-]
 
 
 @app.command()
 def reproduce(
-    study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="Name or YAML file.", autocompletion=_completes(lambda: config.names_of(Study)), show_default=False)
-    ],
+    study: StudyName,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this contender; may be given several times.", show_default=False)] = None,
     limit: Limit = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the report goes.", show_default=False)] = None,
@@ -138,7 +111,7 @@ def pairs(
 def generate(
     baseline: BaselineName,
     fields: Fields = None,
-    suite: Annotated[str, typer.Option("--suite", help="Name, or a .jsonl or .yaml file.", autocompletion=_completes(_suite_names))] = "toy-short",
+    suite: Annotated[str, typer.Option("--suite", help="Name, or a .jsonl or .yaml file.", autocompletion=completes(suite_names))] = "toy-short",
     limit: Limit = None,
     shard: Shard = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="See that everything runs, without the file.")] = False,
@@ -182,7 +155,7 @@ def sample(
 @app.command("eval")
 def evaluate(
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=_completes(_runs), show_default=False)
+        str | None, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=completes(runs), show_default=False)
     ] = None,
     scorer: Annotated[
         list[str] | None,
@@ -190,13 +163,13 @@ def evaluate(
             "--scorer",
             "-s",
             help="A name, or several between commas; all that need no weights by default.",
-            autocompletion=_completes(lambda: _scorers()),
+            autocompletion=completes(lambda: scorers()),
             show_default=False,
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=_completes(_runs), show_default=False),
+        typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=completes(runs), show_default=False),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
     check_setup: Annotated[bool, typer.Option("--check-setup", help="Try the scorers, or those named, on two tiny clips.")] = False,
@@ -228,7 +201,7 @@ def profile(
         typer.Argument(
             metavar="BASELINE [KEY=VALUE]... ...",
             help="Names or YAML files, timed in turn; fields belong to the name before them.",
-            autocompletion=_completes(lambda: config.names_of(Baseline)),
+            autocompletion=completes(lambda: config.names_of(Baseline)),
             show_default=False,
         ),
     ],
@@ -268,10 +241,10 @@ def profile(
 @app.command()
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="All runs by default.", autocompletion=_completes(_runs), show_default=False)
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="All runs by default.", autocompletion=completes(runs), show_default=False)
     ] = None,
     study: Annotated[
-        str | None, typer.Option("--study", help="Judge its claims.", autocompletion=_completes(lambda: config.names_of(Study)), show_default=False)
+        str | None, typer.Option("--study", help="Judge its claims.", autocompletion=completes(lambda: config.names_of(Study)), show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where it goes, instead of the reports folder.", show_default=False)] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the evidence as records that can be committed.")] = False,
@@ -321,7 +294,7 @@ def fetch(
         typer.Argument(
             metavar="BASELINE|SCORER",
             help="Name or YAML file.",
-            autocompletion=_completes(lambda: [*config.names_of(Baseline), *config.names_of(External), *_scorers()]),
+            autocompletion=completes(lambda: [*config.names_of(Baseline), *config.names_of(External), *scorers()]),
             show_default=False,
         ),
     ],
@@ -336,7 +309,7 @@ def fetch(
     from rfbench import fetch as verb
 
     kind: Any = External if config.is_external(name) else Baseline
-    items = verb.items_of_scorer(name) if name in _scorers() else verb.items_of(config.load(kind, name))
+    items = verb.items_of_scorer(name) if name in scorers() else verb.items_of(config.load(kind, name))
     paths = [str(path) for path in verb.fetch(items, mirror=mirror, yes=yes, dry_run=dry_run)]
     for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
         print(line)
@@ -345,7 +318,7 @@ def fetch(
 @app.command()
 def env(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name or YAML file.", autocompletion=_completes(lambda: _environments()), show_default=False)
+        str, typer.Argument(metavar="NAME", help="Name or YAML file.", autocompletion=completes(lambda: _environments()), show_default=False)
     ],
     options: Annotated[list[str] | None, typer.Option("--with", help="An option of it; may be given several times.", show_default=False)] = None,
     python: Annotated[Path | None, typer.Option("--python", help="The interpreter to build it on.", show_default=False)] = None,
@@ -363,7 +336,7 @@ def env(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="|".join(WHAT), autocompletion=_completes(lambda: WHAT), show_default=False)], as_json: Json = False
+    what: Annotated[str, typer.Argument(metavar="|".join(WHAT), autocompletion=completes(lambda: WHAT), show_default=False)], as_json: Json = False
 ) -> None:
     """What there is, and what it needs."""
     if what not in WHAT:
@@ -400,12 +373,6 @@ def _spread(engine: str, workers: int | None) -> dict[str, Any]:
     return {"engine": engine, "workers": workers}
 
 
-def _scorers() -> list[str]:
-    from rfbench.scorers.base import SCORERS
-
-    return list(SCORERS)
-
-
 def _environments() -> list[str]:
     from rfbench import envs
 
@@ -421,7 +388,7 @@ def _run(name_or_path: str) -> Path:
     for path in (Path(name_or_path), settings().runs / "bench" / name_or_path):
         if (path / "run.json").is_file():
             return path
-    raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, _runs())}")
+    raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, runs())}")
 
 
 def _print_path(path: Path, as_json: bool) -> None:

@@ -40,6 +40,7 @@ LAYERS = [
     {"methods", "scorers", "timing", "recipes", "updates", "resume"},
     {"pairs", "stopwatch", "ladder", "logbook"},
     {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "rehearsal"},
+    {"options"},
     {"cli"},
 ]
 VERBS = {"train", "generate", "evaluate", "profiling", "report"}

@@ -1,0 +1,66 @@
+"""The arguments and options that commands share, and the names that a shell completes them to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rfbench import config
+from rfbench.config import Baseline, External, Recipe, Study
+from rfbench.settings import settings
+
+
+def completes(names: Callable[[], Any]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+def suite_names() -> list[str]:
+    from rfbench.suites import SUITES
+
+    return list(SUITES)
+
+
+def runs() -> dict[str, Path]:
+    """Name -> directory of the bench runs that there are: `<baseline>/<suite>`."""
+    home = settings().runs / "bench"
+    return {str(path.parent.relative_to(home)): path.parent for path in sorted(home.rglob("run.json"))}
+
+
+def scorers() -> list[str]:
+    from rfbench.scorers.base import SCORERS
+
+    return list(SCORERS)
+
+
+Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is there and start over.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the request and say what would be done.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a path or a table.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.", show_default=False)]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=completes(lambda: config.names_of(Recipe)), show_default=False)
+]
+Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
+EngineName = Annotated[str, typer.Option("--engine", metavar="here|ray", help="This process, or workers of a Ray cluster.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="With ray; by default one for each GPU, else for each core.", show_default=False)
+]
+BaselineName = Annotated[
+    str,
+    typer.Argument(
+        metavar="BASELINE",
+        help="Name or YAML file.",
+        autocompletion=completes(lambda: [*config.names_of(Baseline), *config.names_of(External)]),
+        show_default=False,
+    ),
+]
+StudyName = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Name or YAML file.", autocompletion=completes(lambda: config.names_of(Study)), show_default=False)
+]
