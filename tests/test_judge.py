@@ -24,7 +24,7 @@ from rfbench.records import Score
 from rfbench.scorers import chat, judge
 from rfbench.scorers.base import read_video
 from rfbench.scorers.judge import SCORER, Exchange, marks, shown
-from tests import fake_runs
+from tests import fake_runs, hostile
 
 PROMPTS = ["a red disc moves right", "a blue square"]
 GOOD = '{"visual": 4, "dynamic": 2, "text": 5}'
@@ -280,6 +280,14 @@ def test_settings_that_do_not_do_are_refused_before_any_work(run, tmp_path, monk
     with pytest.raises(UserError, match=sentence) as caught:
         evaluate.evaluate(run, ["judge", "motion"])
     assert caught.value.code == 2 and not (run / "scores").exists()
+
+
+def test_broken_and_odd_clips_are_asked_about_or_refused_by_name(run, server):
+    records.write_rows(run / "clips.jsonl", [hostile.write(run, name, number) for number, name in enumerate(hostile.NAMES)])
+    refused = {f"{number:04}-0" for number, name in enumerate(hostile.NAMES) if name in (*hostile.UNREADABLE, "one frame")}
+    with pytest.raises(UserError, match=f"could not score {len(refused)} of {len(hostile.NAMES)} clips"):
+        evaluate.evaluate(run, ["judge"])
+    assert note_of(run)["refused"].keys() == refused and len(server.asked) == len(rows_of(run)) == len(hostile.NAMES) - len(refused)
 
 
 # A model that is loaded here

@@ -30,7 +30,7 @@ from rfbench.scorers.videoreward import TOKENS, batches
 from rfbench.videoreward import frames, model
 from rfbench.videoreward.model import ABOUT, ASKED, AXES, TOKENIZER, VIDEO, WEIGHTS, VideoReward
 from rfbench.videoreward.network import ADAPTED, LORA, UNUSED, Tokens, VideoRewardCfg, empty_network, load_network, our_name, qwen_config
-from tests import fake_runs
+from tests import fake_runs, hostile
 from tests.filming import answered, pixels, save
 from tests.tiny import distance, normal
 
@@ -466,6 +466,18 @@ def test_a_clip_that_cannot_be_shown_is_refused_by_name(installed: Path, tmp_pat
     assert str(answers["0003-0"].refused).startswith("clip 0003-0: VideoReward needs clips of at least 2 frames and this one has 1")
     assert "clip 0004-0: the prompt 'a red disc <|VQ_reward|>' contains a special token" in str(answers["0004-0"].refused)
     assert not answers["0003-0"].rows and not answers["0004-0"].rows
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("videoreward", hostile.NAMES), ("videoreward-as-released", ("truncated", "one frame", "1x1"))])
+def test_broken_and_odd_clips_are_scored_or_refused_by_name(installed: Path, tmp_path: Path, name: str, kinds: tuple[str, ...]) -> None:
+    (tmp_path / "videos").mkdir()
+    named = {kind: hostile.write(tmp_path, kind, number) for number, kind in enumerate(kinds)}
+    answers = {answer.clip: answer for answer in pick(SCORERS, name, what="scorer").score(list(named.values()), tmp_path)}
+    for kind, clip in named.items():
+        if kind in (*hostile.UNREADABLE, "one frame"):
+            assert not answers[clip.id].rows and str(answers[clip.id].refused).startswith(f"clip {clip.id}: ")
+        else:
+            assert len(answers[clip.id].rows) == 4 and all(math.isfinite(row.value) for row in answers[clip.id].rows)
 
 
 def test_the_released_scorer_shows_all_frames_at_one_size_in_the_wrong_range(installed: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rfbench.errors import UserError
 from rfbench.records import Clip, Score
 from rfbench.scorers.base import Answer, ClipError, Metric, read_video
 from rfbench.videoreward import model
-from rfbench.videoreward.frames import as_file, as_released, token_count
+from rfbench.videoreward.frames import PAIR, as_file, as_released, token_count
 from rfbench.weights import sha256_of
 
 TOKENS = 16384  # of video in a batch, padding included: about a dozen clips of 5 s
@@ -87,7 +87,13 @@ def native(frame_TCHW: Tensor, video_fps: int, about: model.About) -> Tensor:
 
 
 def released(frame_TCHW: Tensor, video_fps: int, about: model.About) -> Tensor:
-    """As Reward-Forcing's training shows it: all frames at 336x588, in the range of -255 to 255."""
+    """As Reward-Forcing's training shows it: all frames at 336x588, in the range of -255 to 255.
+
+    Raises:
+        UserError: the clip has one frame only (code 1).
+    """
+    if len(frame_TCHW) < PAIR:
+        raise UserError(f"VideoReward needs clips of at least {PAIR} frames and this one has {len(frame_TCHW)}; leave it out", code=1)
     return as_released(frame_TCHW / 127.5 - 1)
 
 
