@@ -273,6 +273,20 @@ def _audit(as_json: bool, *, other: bool) -> None:
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=completes(runs), show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER|FILE.json|FILE.zip", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """A run as VBench wants it: links with its file names, its results, or the leaderboard's submission."""
+    from rfbench import export as verb
+
+    _print_path(verb.export(_run(run), out), as_json)
+
+
+@app.command()
 def total(
     dims: Annotated[str, typer.Argument(metavar="DIMS.json", help="The 16 dimensions by name, in percent; - is standard input.", show_default=False)],
     fractions: Annotated[bool, typer.Option("--fractions", help="The values are fractions of 1.")] = False,
@@ -280,11 +294,8 @@ def total(
 ) -> None:
     """VBench's Total, Quality and Semantic from its dimensions, as one line of JSON; or a refusal."""
     from rfbench.vbench import totals
-    from rfbench.vbench.dimensions import I2V, T2V
 
-    board = I2V if i2v else T2V
-    points = totals.total(totals.read(dims, fractions=fractions, board=board), board)
-    print(json.dumps({name: round(value, 6) for name, value in points.items()}))
+    print(totals.line(dims, fractions=fractions, i2v=i2v))
 
 
 @app.command()

@@ -39,7 +39,7 @@ LAYERS = [
     },
     {"methods", "scorers", "timing", "recipes", "updates", "resume"},
     {"pairs", "stopwatch", "ladder", "logbook"},
-    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "rehearsal"},
+    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "export", "rehearsal"},
     {"options"},
     {"cli"},
 ]

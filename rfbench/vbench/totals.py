@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rfbench.errors import UserError, did_you_mean
-from rfbench.vbench.dimensions import T2V, Board
+from rfbench.vbench.dimensions import I2V, T2V, Board
+
+
+def line(source: str, *, fractions: bool = False, i2v: bool = False) -> str:
+    """The totals of a file of dimensions as one line of JSON; `source` and errors as in `read`."""
+    board = I2V if i2v else T2V
+    points = total(read(source, fractions=fractions, board=board), board)
+    return json.dumps({name: round(value, 6) for name, value in points.items()})
 
 
 def total(percent: Mapping[str, float], board: Board = T2V) -> dict[str, float]:
