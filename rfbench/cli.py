@@ -30,6 +30,7 @@ from rfbench.options import (
     Limit,
     Name,
     RecipeName,
+    RunName,
     Shard,
     StudyName,
     Workers,
@@ -38,6 +39,7 @@ from rfbench.options import (
     scorers,
     suite_names,
 )
+from rfbench.output import print_table
 from rfbench.settings import settings
 
 app = typer.Typer(
@@ -47,7 +49,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer gives out only this child of it
-STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 WHAT = ("recipes", "baselines", "suites", "studies", "claims", "scorers", "policies", "methods", "hardware", "environments")
@@ -152,6 +153,21 @@ def sample(
     _print_path(verb.sample(baseline, prompt, fields or [], then=then or [], given=given, seed=seed, frames=frames, out=out), as_json)
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Videos called {prompt}-{i}.mp4, i from 0.", show_default=False)],
+    baseline: Annotated[str, typer.Option("--baseline", help="Whose they are: a baseline's name, or a new one.", show_default=False)],
+    suite: Annotated[str, typer.Option("--suite", help="Name or file.", autocompletion=completes(suite_names), show_default=False)],
+    limit: Limit = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Take in videos that were made elsewhere, to be scored like any other."""
+    from rfbench import importing as verb
+
+    _print_path(verb.import_videos(folder, baseline, suite, limit=limit, fresh=fresh), as_json)
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[
@@ -227,14 +243,14 @@ def profile(
         directory = climb.profile(baseline, fields, name=name, chunks=chunks, repeats=repeats, random_weights=random_weights, fresh=fresh)
         document = {"path": _shown(directory)} | climb.document(directory)
         if not as_json:
-            _print_table(climb.table(document), title=document["name"], as_json=False)
+            print_table(climb.table(document), title=document["name"], as_json=False)
         print(json.dumps(document, ensure_ascii=False))
         return
     rounds = {"chunks": chunks, "repeats": repeats, "processes": processes}
     directory = verb.profile(baselines, name=name, compare=compare, random_weights=random_weights, fresh=fresh, **rounds)
     document = {"path": _shown(directory)} | verb.document(directory, compare)
     if not as_json:
-        _print_table(verb.table(document), title=document["name"], as_json=False)
+        print_table(verb.table(document), title=document["name"], as_json=False)
     print(json.dumps(document, ensure_ascii=False))
 
 
@@ -269,7 +285,7 @@ def _audit(as_json: bool, *, other: bool) -> None:
     if other:
         raise UserError("--audit is about published numbers alone; leave out the runs and the other options of report")
     checks = audit.audit()
-    _print_table([dataclasses.asdict(check) for check in checks] if as_json else audit.table(checks), title="checks", as_json=as_json)
+    print_table([dataclasses.asdict(check) for check in checks] if as_json else audit.table(checks), title="checks", as_json=as_json)
 
 
 @app.command()
@@ -296,6 +312,19 @@ def total(
     from rfbench.vbench import totals
 
     print(totals.line(dims, fractions=fractions, i2v=i2v))
+
+
+@app.command()
+def compare(
+    one: RunName,
+    other: RunName,
+    out: Annotated[Path | None, typer.Option("--out", help="Write a page of the two as well, with players.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Two runs against each other, prompt by prompt."""
+    from rfbench.report import pairs as verb
+
+    print_table(verb.compare(_run(one), _run(other), out), title="metrics", as_json=as_json)
 
 
 @app.command()
@@ -354,7 +383,7 @@ def list_(
         raise UserError(f"'{what}' cannot be listed{did_you_mean(what, WHAT)}")
     from rfbench import listing
 
-    _print_table(listing.ROWS[what](), title=what, as_json=as_json)
+    print_table(listing.ROWS[what](), title=what, as_json=as_json)
 
 
 @app.command()
@@ -397,7 +426,7 @@ def _run(name_or_path: str) -> Path:
         UserError: there is no run of that name and no run in that directory.
     """
     for path in (Path(name_or_path), settings().runs / "bench" / name_or_path):
-        if (path / "run.json").is_file():
+        if (path / "run.json").is_file() or (path.suffix == ".json" and path.is_file()):
             return path
     raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, runs())}")
 
@@ -428,30 +457,9 @@ def _print_checks(checks: Sequence[Any], as_json: bool, *, strictly: bool = Fals
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:
         rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
-        _print_table(rows, title="", as_json=False)
+        print_table(rows, title="", as_json=False)
     if any(check.state == "broken" or (strictly and check.state != "ok") for check in checks):
         raise typer.Exit(1)
-
-
-def _print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    if not rows:
-        console.print(f"no {title}")
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for key in rows[0]:
-        table.add_column(key, overflow="fold", no_wrap=key in ("name", ""))
-    for row in rows:
-        cells = ["" if row.get(key) is None else str(row[key]) for key in rows[0]]
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
-    console.print(table)
 
 
 def _say(sentence: str) -> None:

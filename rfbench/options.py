@@ -64,3 +64,6 @@ BaselineName = Annotated[
 StudyName = Annotated[
     str, typer.Argument(metavar="STUDY", help="Name or YAML file.", autocompletion=completes(lambda: config.names_of(Study)), show_default=False)
 ]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="<baseline>/<suite> or its directory.", autocompletion=completes(runs), show_default=False)
+]

@@ -39,11 +39,11 @@ LAYERS = [
     },
     {"methods", "scorers", "timing", "recipes", "updates", "resume"},
     {"pairs", "stopwatch", "ladder", "logbook"},
-    {"fetch", "train", "generate", "evaluate", "profiling", "report", "reproduce", "listing", "doctor", "export", "rehearsal"},
+    {"fetch", "train", "generate", "evaluate", "importing", "profiling", "report", "reproduce", "listing", "doctor", "export", "rehearsal"},
     {"options"},
     {"cli"},
 ]
-VERBS = {"train", "generate", "evaluate", "profiling", "report"}
+VERBS = {"train", "generate", "evaluate", "importing", "profiling", "report"}
 FAMILIES = {"backbones", "methods", "scorers"}
 OPTIONAL = {"cv2", "lmdb", "ray", "transformers", "accelerate", "vbench", "flash_attn"}
 

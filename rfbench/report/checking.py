@@ -63,6 +63,8 @@ def _of_bench(bench: Bench, scores: Iterable[Scores]) -> dict[str, Any]:
     for item in sorted(scores, key=lambda item: item.scorer):
         metrics = {name: dataclasses.asdict(told) for name, told in short(item.metrics).items()}
         scored[item.scorer] = {"version": item.version, "metrics": metrics, "values": short(item.values), "segments": short(item.segments)}
+        if item.sparse:
+            scored[item.scorer]["sparse"] = list(item.sparse)
     return record.of_bench(bench.run, bench.clips, scored)
 
 

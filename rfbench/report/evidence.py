@@ -48,6 +48,7 @@ class Scores:
     metrics: dict[str, Metric]
     values: dict[str, dict[str, float]]  # metric -> clip id -> value
     segments: dict[str, dict[str, tuple[float, ...]]]  # metric -> clip id -> values of its segments in order
+    sparse: tuple[str, ...] = ()  # metrics that may lack a value for some clips of a prompt
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
         metrics,
         {f"{scorer}.{name}": column for name, column in values.items() if column},
         {f"{scorer}.{name}": column for name, column in segments.items()},
+        tuple(note.get("sparse", ())),
     )
 
 

@@ -114,7 +114,7 @@ def of_bench(run: Run, clips: Sequence[Clip], scored: Mapping[str, Mapping[str, 
     scores: dict[str, Any] = {}
     for name, item in scored.items():
         lists = {key: {metric: [column.get(clip) for clip in ids] for metric, column in item[key].items()} for key in ("values", "segments")}
-        scores[name] = {"version": item["version"], "metrics": item["metrics"]} | lists
+        scores[name] = {key: value for key, value in item.items() if key not in lists} | lists
     found = {"schema": SCHEMA, "run": plain_run(run), "clips": {"id": ids, **columns}, "scores": scores}
     if _clips(found, run.name) != tuple(clips):
         raise UserError(f"{run.name} cannot be recorded: its clips are not those that its suite asks for; generate it again", code=1)

@@ -1,0 +1,32 @@
+"""Tables on stdout, for people or as JSON. rich is imported when one is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+def print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:
+    """Rows of the same keys, as wide as the terminal or 200 letters; or one JSON document."""
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if not rows:
+        console.print(f"no {title}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in rows[0]:
+        table.add_column(key, overflow="fold", no_wrap=key in ("name", ""))
+    for row in rows:
+        cells = ["" if row.get(key) is None else str(row[key]) for key in rows[0]]
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
+    console.print(table)
