@@ -40,7 +40,7 @@ LAYERS = [
     {"methods", "scorers", "timing", "recipes", "updates", "resume"},
     {"pairs", "stopwatch", "ladder", "logbook"},
     {"fetch", "train", "generate", "evaluate", "importing", "profiling", "report", "reproduce", "listing", "doctor", "export", "rehearsal"},
-    {"options"},
+    {"options", "output"},
     {"cli"},
 ]
 VERBS = {"train", "generate", "evaluate", "importing", "profiling", "report"}
