@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rfbench import attention, baselines, config, external, fleet, provenance, records, sampler, strict, suites, video
 from rfbench.backbones.base import TEMPORAL, Backbone, pixel_frames
+from rfbench.backbones.wan.lean import LeanDiT, taken
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, External, SamplerCfg
 from rfbench.errors import UserError
@@ -171,11 +172,16 @@ class Native:
 
     def check(self, asked: Suite) -> None:
         """Opens the model; on a cluster that is for its workers to do."""
+        self._shortcuts(baselines.device())
         if self.engine == "here":
             self.backbone = _open(self.ready, asked)
 
     def facts(self) -> dict[str, Any]:
-        return {"device": str(baselines.device()), "threads": torch.get_num_threads(), "attention": attention.kernel()}
+        device = baselines.device()
+        return {"device": str(device), "threads": torch.get_num_threads(), "attention": attention.kernel(), "shortcuts": self._shortcuts(device)}
+
+    def _shortcuts(self, device: torch.device) -> list[str]:
+        return taken(settings().fast.shortcuts, device) if sampler.is_lean(self.cfg.sampler) else []
 
     def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, Sequence[Clip]]]:
         latents = self.ready.latents(self.frames(asked), f"suite '{asked.name}'")
@@ -221,7 +227,8 @@ def sample(
         raise UserError("--then is given several times: order the prompts by their time, a latent frame (4 pixel frames) or more apart")
     for text in (prompt, *(others[0] for _, others in turns)):
         backbone.encode_text([text])
-    _film(backbone, ready.cfg.sampler, [prompt], [seed], latents, frames, backbone.shape.fps, [out], turns, before)
+    cfg = ready.cfg.sampler
+    _film(backbone, cfg, sampler.lean_of(backbone, cfg), [prompt], [seed], latents, frames, backbone.shape.fps, [out], turns, before)
     return out
 
 
@@ -315,15 +322,15 @@ def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[I
 def _filming(ready: Prepared, asked: Suite, latents: int, directory: Path, backbone: Backbone | None) -> Callable[[Sequence[Item]], list[Clip]]:
     """The function that makes a batch of clips and returns their rows, once all their videos are there; without `backbone` it opens one."""
     model = _open(ready, asked) if backbone is None else backbone
+    lean = sampler.lean_of(model, ready.cfg.sampler)
     shape, frames = model.shape, asked.frames_at(model.shape.fps)
 
     def make(batch: Sequence[Item]) -> list[Clip]:
         ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
         seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
         files = [f"videos/{clip}.mp4" for clip in ids]
-        _film(
-            model, ready.cfg.sampler, [_given(prompt) for prompt, _ in batch], seeds, latents, frames, shape.fps, [directory / file for file in files]
-        )
+        prompts, paths = [_given(prompt) for prompt, _ in batch], [directory / file for file in files]
+        _film(model, ready.cfg.sampler, lean, prompts, seeds, latents, frames, shape.fps, paths)
         return [
             Clip(
                 *(clip, prompt.id, sample, prompt.text, _given(prompt), seed),
@@ -338,6 +345,7 @@ def _filming(ready: Prepared, asked: Suite, latents: int, directory: Path, backb
 def _film(
     backbone: Backbone,
     cfg: SamplerCfg,
+    lean: LeanDiT | None,
     prompts: Sequence[str],
     seeds: Sequence[int],
     latents: int,
@@ -356,7 +364,7 @@ def _film(
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video.writing(path, fps=fps, height=shape.pixel_height, width=shape.pixel_width)) for path in paths]
         left = frames
-        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, given_BTCHW=given_BTCHW, switches=switches):
+        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, given_BTCHW=given_BTCHW, switches=switches, lean=lean):
             if not torch.isfinite(pixels).all():
                 raise UserError(f"{paths[0].name}: what the model made is not finite; its weights are not fit for use", code=1)
             shown = video.as_uint8(pixels[:, :left]).cpu().numpy()  # the last chunk may make more frames than were asked for

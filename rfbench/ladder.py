@@ -103,7 +103,8 @@ def streamed(shortcuts: Shortcuts) -> Run:
     made: dict[int, LeanDiT] = {}  # kept between clips, as `rfbench.generate` does
 
     def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
-        lean = made.setdefault(id(backbone.denoiser), LeanDiT(backbone.denoiser, shortcuts))
+        model = backbone.denoiser
+        lean = made.get(id(model)) or made.setdefault(id(model), LeanDiT(model, shortcuts))
         return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, initial_BFCHW=initial_BFCHW, lean=lean))
 
     return run

@@ -24,6 +24,7 @@ from rfbench.forcing import force
 from rfbench.rolling import RollingCache, roll
 from rfbench.rollouts import chain
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, wan_grid
+from rfbench.settings import settings
 from rfbench.unipc import UniPC
 
 Noise = Callable[[int], Tensor]  # latent frames -> noise [B, F, C, H, W]; draws follow each other in the sampler's order
@@ -68,6 +69,21 @@ def noise_levels(cfg: SamplerCfg) -> list[float]:
     return Schedule(cfg.shift).sigma(torch.tensor(steps)).tolist() if cfg.solver != "euler" else [step / 1000 for step in steps]
 
 
+def lean_of(backbone: Backbone, cfg: SamplerCfg) -> LeanDiT | None:
+    """What streams run their passes by, one after the other, as this machine's rfbench.toml says; None where all frames of a joint window
+    are in work, which has passes of its own.
+
+    Raises:
+        UserError: rfbench.toml asks for a shortcut that this device cannot take.
+    """
+    return LeanDiT(backbone.denoiser, settings().fast.shortcuts) if is_lean(cfg) else None
+
+
+def is_lean(cfg: SamplerCfg) -> bool:
+    """Whether passes without gradients are run by a `LeanDiT`."""
+    return cfg.solver not in ("rolling", "forcing")
+
+
 def cache_shape(backbone: Backbone, batch: int, latents: int) -> CacheShape:
     """Sizes of the cache that `backbone` needs for `batch` clips of `latents` latent frames."""
     cfg, shape = backbone.denoiser.cfg, backbone.shape
@@ -109,7 +125,8 @@ def stream(
         mark: called with "begin", "denoised" and "cached" as each chunk passes that point, for timers. A clean pass that goes along
             with the next chunk's first step counts there, and "cached" comes before it.
         watch: called with the noisy latents that each step starts from, for trajectories.
-        lean: how passes without gradients are run, made of this backbone's denoiser whose weights did not change since; None makes one.
+        lean: how passes without gradients are run, made of this backbone's denoiser whose weights did not change since (`lean_of`);
+            None makes one.
 
     Yields:
         the clean chunks in order. The caller's work on a chunk comes before its clean pass, so pixels leave as early as they can.
@@ -248,11 +265,12 @@ def generate(
     *,
     given_BTCHW: Tensor | None = None,
     switches: Sequence[tuple[int, Sequence[str]]] = (),
+    lean: LeanDiT | None = None,
 ) -> Iterator[Tensor]:
     """Pixels of one clip per prompt and seed, as a stream: [B, T, 3, H, W] in [-1, 1] for each chunk.
 
     `given_BTCHW` are pixels of whole chunks that the clips go on from; they come first, as the autoencoder shows them.
-    `switches` are (latent frame, one prompt per clip), see `stream` and `latent_at`.
+    `switches` are (latent frame, one prompt per clip), see `stream` and `latent_at`; `lean` as there.
     """
     with torch.no_grad():
         text = backbone.encode_text(prompts)
@@ -264,7 +282,7 @@ def generate(
         def roll(start: int, length: int, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
             initial_BFCHW = initial_BFCHW if start else given
             turns = [(frame - start, then) for frame, then in later]
-            made = stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns)
+            made = stream(backbone, text, length, cfg, noise, null_BLE=null, initial_BFCHW=initial_BFCHW, switches=turns, lean=lean)
             return (chunk.latent_BFCHW for chunk in made)
 
         if cfg.reroll is not None:

@@ -1,4 +1,4 @@
-"""The settings of this machine, from rfbench.toml: where things are and what its devices are called, never what a thing is."""
+"""The settings of this machine, from rfbench.toml: where things are, what devices are called and how networks run, never what a thing is."""
 
 from __future__ import annotations
 
@@ -43,23 +43,52 @@ class JudgeCfg:
 
 
 @dataclass(frozen=True)
+class Shortcuts:
+    """Work of a pass that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.ladder`).
+
+    What is asked for must be possible (`rfbench.backbones.wan.lean.taken`); None is where it is possible. Kernels and graphs have not
+    run on a GPU yet, only on a CPU by an interpreter and a stand-in: who wants them asks for them.
+    """
+
+    modulation: bool = True  # what depends on the timestep alone is computed once per stream and not in every pass
+    context: bool = True  # the clean pass ends at the keys and values of the last layer
+    merged: bool = True  # queries, keys and values are one product; queries and keys are normalised and rotated together
+    fused: bool = True  # modulation is part of its layer norm, the gate of its residual sum; other norms take fewer operations
+    columns: bool | None = None  # on a CPU, small weights are copied column by column: a product of few rows reads them faster
+    sigmoid: bool | None = None  # on a CPU, GELU is taken by a sigmoid, which is faster there than a tangent
+    untracked: bool = True  # tensors keep no record of views and versions, which only gradients need
+    kernels: bool = False  # on a GPU, Triton: what lies between two products is one reading and writing
+    graphs: bool = False  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
+    joint: bool = True  # the clean pass of a chunk goes along with the first step of the next one
+
+
+@dataclass(frozen=True)
+class FastCfg:
+    """How networks run on this machine. No video depends on it but for rounding, so a run records it and is not identified by it."""
+
+    shortcuts: Shortcuts = Shortcuts()
+
+
+@dataclass(frozen=True)
 class SettingsFile:
     """What rfbench.toml says."""
 
     paths: PathsCfg = PathsCfg()
     judge: JudgeCfg = JudgeCfg()
+    fast: FastCfg = FastCfg()
     hardware: dict[str, Hardware] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things are on this machine, never what a thing is."""
+    """What rfbench.toml says, with its paths made absolute."""
 
     runs: Path  # what train, generate, eval and profile write
     weights: Path  # weights that are too large to ship
     reports: Path
     envs: Path  # interpreters of their own, that `rfbench env` builds
     judge: JudgeCfg
+    fast: FastCfg
     hardware: dict[str, Hardware]
 
     def hardware_name(self, device: str) -> str:
@@ -103,4 +132,4 @@ def settings() -> Settings:
     home = path.parent if path else Path.cwd()
     paths = found.paths
     runs, weights, reports, envs = (home / Path(folder).expanduser() for folder in (paths.runs, paths.weights, paths.reports, paths.envs))
-    return Settings(runs, weights, reports, envs, found.judge, found.hardware)
+    return Settings(runs, weights, reports, envs, found.judge, found.fast, found.hardware)

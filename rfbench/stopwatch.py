@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rfbench import baselines, sampler, video
 from rfbench.backbones.base import Backbone
-from rfbench.backbones.wan.lean import SHORTCUTS
+from rfbench.backbones.wan.lean import LeanDiT
 from rfbench.backbones.wan.text import WanText
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
@@ -104,6 +104,7 @@ class Contestant:
     name: str
     backbone: Backbone
     sampler: SamplerCfg
+    lean: LeanDiT | None
     latents: int  # of a clip
     chunks: int  # of a stream; 0 where there are none
     prompts: tuple[str, str]  # of a clip and a stream; that a stream switches to
@@ -117,14 +118,22 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     forget_prompts(backbone)
     prompts = load_suite("smoke").prompts[0].text, load_suite("smoke").prompts[1].text
     latents = ready.latents(CLIP, "the profile")
+    lean = sampler.lean_of(backbone, ready.cfg.sampler)
     begun = time.time()
-    first = time_clip(backbone, ready.cfg.sampler, prompts[0], latents, 0)[0].readable
+    first = time_clip(backbone, ready.cfg.sampler, lean, prompts[0], latents, 0)[0].readable
     for _ in range(WARM_UPS - 1):
-        time_clip(backbone, ready.cfg.sampler, prompts[0], latents, 0)
+        time_clip(backbone, ready.cfg.sampler, lean, prompts[0], latents, 0)
     what, _ = meter()
     cold = None if ready.weights is None else begun - born + first  # drawing weights is not loading them
-    about = {"weights_sha256": ready.weights_sha256, "precision": precision(backbone), "decoder": ready.cfg.decoder, "memory": what, "chunks": chunks}
-    return Contestant(ready.name, backbone, ready.cfg.sampler, latents, chunks, prompts, cold, about)
+    about = {
+        "weights_sha256": ready.weights_sha256,
+        "precision": precision(backbone),
+        "decoder": ready.cfg.decoder,
+        "memory": what,
+        "chunks": chunks,
+        "shortcuts": lean.taken if lean else [],
+    }
+    return Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, prompts, cold, about)
 
 
 def precision(backbone: Backbone) -> dict[str, str]:
@@ -147,16 +156,16 @@ def forget_prompts(backbone: Backbone) -> None:
 def take(contestant: Contestant, number: int) -> Turn:
     """One turn: a clip, then a stream at whose end the prompt switches."""
     _, peak = meter()
-    backbone, cfg = contestant.backbone, contestant.sampler
-    clip = time_clip(backbone, cfg, contestant.prompts[0], contestant.latents, number)
-    stream = time_stream(backbone, cfg, contestant.prompts, contestant.chunks, number) if contestant.chunks else ()
+    backbone, cfg, lean = contestant.backbone, contestant.sampler, contestant.lean
+    clip = time_clip(backbone, cfg, lean, contestant.prompts[0], contestant.latents, number)
+    stream = time_stream(backbone, cfg, lean, contestant.prompts, contestant.chunks, number) if contestant.chunks else ()
     switched = stream[-1] if stream and cfg.solver != "rolling" else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
     reserved, device = None, None
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    joint = cfg.cache is not None and cfg.solver != "rolling" and SHORTCUTS.joint
+    joint = cfg.cache is not None and lean is not None and "joint" in lean.taken
     return Turn(contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold, joint)
 
 
@@ -208,14 +217,14 @@ class Clock:
 
 
 @torch.no_grad()
-def time_clip(backbone: Backbone, cfg: SamplerCfg, prompt: str, latents: int, seed: int) -> tuple[Chunk, ...]:
+def time_clip(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompt: str, latents: int, seed: int) -> tuple[Chunk, ...]:
     """The chunks of a clip of CLIP frames, from the request with a new prompt on."""
     clock = Clock()
-    return _timed(clock, backbone, cfg, _texts(backbone, cfg, prompt), latents, seed, frames=CLIP)
+    return _timed(clock, backbone, cfg, lean, _texts(backbone, cfg, prompt), latents, seed, frames=CLIP)
 
 
 @torch.no_grad()
-def time_stream(backbone: Backbone, cfg: SamplerCfg, prompts: tuple[str, str], chunks: int, seed: int) -> tuple[Chunk, ...]:
+def time_stream(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: tuple[str, str], chunks: int, seed: int) -> tuple[Chunk, ...]:
     """A stream of `chunks` chunks, and the one after them, on which the prompt switches (in a joint window no chunk can).
 
     Both prompts are encoded before the clock starts.
@@ -223,7 +232,7 @@ def time_stream(backbone: Backbone, cfg: SamplerCfg, prompts: tuple[str, str], c
     assert cfg.chunk is not None
     texts, other = _texts(backbone, cfg, prompts[0]), backbone.encode_text([prompts[1]])
     switches = [] if cfg.solver == "rolling" else [(chunks * cfg.chunk, other)]
-    return _timed(Clock(), backbone, cfg, texts, (chunks + beyond(cfg)) * cfg.chunk, seed, switches=switches)[: chunks + 1]
+    return _timed(Clock(), backbone, cfg, lean, texts, (chunks + beyond(cfg)) * cfg.chunk, seed, switches=switches)[: chunks + 1]
 
 
 def beyond(cfg: SamplerCfg) -> int:
@@ -239,6 +248,7 @@ def _timed(
     clock: Clock,
     backbone: Backbone,
     cfg: SamplerCfg,
+    lean: LeanDiT | None,
     texts: tuple[Tensor, Tensor | None],
     latents: int,
     seed: int,
@@ -255,7 +265,7 @@ def _timed(
         stamps[event].append(clock.queue())
 
     noise = sampler.clip_noise(backbone, [seed])
-    for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark):
+    for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark, lean=lean):
         pixels = decode(chunk.latent_BFCHW)
         shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made in readable)]).cpu().shape[1]
         readable.append((clock.host(), shown))

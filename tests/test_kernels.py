@@ -12,7 +12,7 @@ from rfbench import video
 from rfbench.attention import rotate, rotations
 from tests.tiny import distance, normal
 
-kernels = pytest.importorskip("rfbench.backbones.wan.kernels", reason="there is no triton; pip install triton", exc_type=ImportError)
+kernels = pytest.importorskip("rfbench.kernels", reason="there is no triton; pip install triton", exc_type=ImportError)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6

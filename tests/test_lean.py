@@ -17,13 +17,15 @@ from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.cache import CacheShape, KVCache
 from rfbench.config import CacheCfg, SamplerCfg
+from rfbench.errors import UserError
 from rfbench.sampler import clip_noise, stream
 from tests.tiny import Tiny, distance, normal
 
 CFG = DiTCfg(dim=48, ffn_dim=96, num_heads=4, num_layers=3, text_dim=16, text_len=8, in_dim=4, out_dim=4, freq_dim=32)
 NAMES = [field.name for field in dataclasses.fields(Shortcuts)]
 NONE = Shortcuts(**dict.fromkeys(NAMES, False))
-CASES = [NONE, *(replace(NONE, **{name: True}) for name in NAMES), Shortcuts()]
+HERE = module.usable(torch.device("cpu"))
+CASES = [NONE, *(replace(NONE, **{name: True}) for name in HERE), Shortcuts()]
 TEXT = normal(2, 8, 16, seed=1)
 
 
@@ -60,7 +62,7 @@ def streamed(model: WanDiT, shortcuts: Shortcuts | None, dtype: torch.dtype = to
     return torch.cat(flows, 1)
 
 
-@pytest.mark.parametrize("shortcuts", CASES, ids=["none", *NAMES, "all"])
+@pytest.mark.parametrize("shortcuts", CASES, ids=["none", *HERE, "all"])
 @torch.no_grad()
 def test_streaming_passes_are_those_of_the_plain_network(shortcuts: Shortcuts) -> None:
     model = made()
@@ -132,6 +134,29 @@ def test_a_clip_has_the_same_bits_alone_as_beside_others() -> None:
     for i in range(2):
         own = [(k[i : i + 1], v[i : i + 1]) for k, v in text]
         assert torch.equal(lean(latents(0)[i : i + 1], 500.0, own, None), together[i : i + 1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"kernels": True}, "'kernels' is for device 'cuda' and this is 'cpu'"),
+        ({"graphs": True}, "'graphs' is for device 'cuda' and this is 'cpu'"),
+    ],
+)
+def test_a_shortcut_that_cannot_be_taken_is_an_error(asked: dict[str, bool], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        LeanDiT(made(), Shortcuts(**asked))
+
+
+def test_a_shortcut_without_the_one_that_it_is_built_on_is_an_error(as_on_a_gpu: None) -> None:
+    for name, base in module.NEEDS.items():
+        with pytest.raises(UserError, match=f"'{name}' is built on '{base}'"):
+            LeanDiT(made(), replace(NONE, **{name: True}))
+
+
+def test_what_is_not_asked_for_is_taken_where_it_is_possible(as_on_a_gpu: None) -> None:
+    assert LeanDiT(made(), NONE).taken == []
+    assert LeanDiT(made()).taken == [name for name in NAMES if name not in ("kernels", "graphs")]
 
 
 @pytest.fixture

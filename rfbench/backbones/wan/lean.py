@@ -26,28 +26,8 @@ from rfbench.attention import attend, rotate, rotations
 from rfbench.backbones.wan.dit import Block, Cache, TextKV, WanDiT
 from rfbench.backbones.wan.graphs import Graphs
 from rfbench.cache import KVCache, Move
-
-
-@dataclass(frozen=True)
-class Shortcuts:
-    """Work that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.ladder`).
-
-    Kernels and graphs have not run on a GPU yet, only on a CPU by an interpreter and a stand-in: who wants them asks for them.
-    """
-
-    modulation: bool = True  # what depends on the timestep alone is computed once per stream and not in every pass
-    context: bool = True  # the clean pass ends at the keys and values of the last layer
-    merged: bool = True  # queries, keys and values are one product; queries and keys are normalised and rotated together
-    fused: bool = True  # modulation is part of its layer norm, the gate of its residual sum; other norms take fewer operations
-    columns: bool = True  # on a CPU, small weights are copied column by column: a product of few rows reads them faster
-    sigmoid: bool = True  # on a CPU, GELU is taken by a sigmoid, which is faster there than a tangent
-    untracked: bool = True  # tensors keep no record of views and versions, which only gradients need
-    kernels: bool = (
-        True  # on a GPU, Triton: norm, rotation and writing to the cache are one reading and writing, and so are residual sum and next norm
-    )
-    graphs: bool = False  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
-    joint: bool = True  # the clean pass of a chunk goes along with the first step of the next one
-
+from rfbench.errors import UserError
+from rfbench.settings import Shortcuts as Shortcuts
 
 SHORTCUTS = Shortcuts()
 ON = {"columns": "cpu", "sigmoid": "cpu", "kernels": "cuda", "graphs": "cuda"}  # the others are for every device
@@ -55,10 +35,29 @@ SMALL = 2**20  # elements of a weight
 SLOPE = 2 * (2 / torch.pi) ** 0.5  # GELU's tangent form is x sigmoid(SLOPE (x + 0.044715 x^3))
 
 
+NEEDS = {"kernels": "merged", "graphs": "modulation"}  # shortcuts that another one is part of
+
+
 def usable(device: torch.device) -> list[str]:
     """The shortcuts that do something on a device, in the order of the ladder."""
     missing = {"kernels"} if importlib.util.find_spec("triton") is None else set[str]()
     return [field.name for field in fields(Shortcuts) if ON.get(field.name, device.type) == device.type and field.name not in missing]
+
+
+def taken(shortcuts: Shortcuts, device: torch.device) -> list[str]:
+    """The shortcuts that are taken on a device.
+
+    Raises:
+        UserError: one is asked for that this device cannot take, or without another one that it is built on.
+    """
+    asked, possible = {field.name: getattr(shortcuts, field.name) for field in fields(shortcuts)}, usable(device)
+    for name, wanted in asked.items():
+        if wanted and name not in possible:
+            why = f"is for device '{ON[name]}' and this is '{device.type}'" if ON.get(name, device.type) != device.type else "needs package triton"
+            raise UserError(f"[fast] shortcut '{name}' {why}; leave it out of rfbench.toml")
+        if wanted and not asked.get(NEEDS.get(name, name)):
+            raise UserError(f"[fast] shortcut '{name}' is built on '{NEEDS[name]}', which is switched off; switch both on or both off")
+    return [name for name in possible if asked[name] is not False]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,11 @@ Tables = tuple[list[Six], tuple[Tensor, Tensor]]  # of every block; shift and ga
 
 
 class LeanDiT:
-    """A model as one stream runs it; its weights must not change meanwhile."""
+    """A model as streams run it, one after the other; its weights must not change meanwhile.
+
+    Raises:
+        UserError: a shortcut is asked for that its device cannot take.
+    """
 
     @torch.no_grad()
     def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS) -> None:
@@ -101,13 +104,13 @@ class LeanDiT:
         self.eps, self.size, self.heads = model.cfg.eps, (model.cfg.dim,), (model.cfg.num_heads, model.cfg.head_dim)
         device = model.head.modulation.device
         self.floor, self.slope = torch.tensor(model.cfg.eps, device=device), torch.tensor(SLOPE, device=device)
-        taken = {name for name in usable(device) if getattr(shortcuts, name)}
-        self.sigmoid = "sigmoid" in taken
-        self.kernels = importlib.import_module("rfbench.backbones.wan.kernels") if {"kernels", "merged"} <= taken else None
-        self.graphs = Graphs() if {"graphs", "modulation"} <= taken else None
+        self.taken = taken(shortcuts, device)
+        self.sigmoid = "sigmoid" in self.taken
+        self.kernels = importlib.import_module("rfbench.kernels") if "kernels" in self.taken else None
+        self.graphs = Graphs() if "graphs" in self.taken else None
         self.caches: list[tuple[Any, KVCache]] = []  # of streams that ended, with what they were made for
-        self.layers = [read(cast(Block, block), shortcuts) for block in model.blocks]
-        self.head = product(model.head.head, columns=shortcuts.columns)
+        self.layers = [read(cast(Block, block), self.taken) for block in model.blocks]
+        self.head = product(model.head.head, columns="columns" in self.taken)
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
         self.mode: Any = torch.inference_mode if shortcuts.untracked else torch.no_grad
 
@@ -343,17 +346,17 @@ def product(*linears: nn.Linear, columns: bool) -> Product:
     weight, bias = linears[0].weight.data.T, linears[0].bias.data
     if len(linears) > 1:
         weight, bias = torch.cat([linear.weight for linear in linears]).T, torch.cat([linear.bias for linear in linears])
-    if columns and weight.device.type == "cpu" and weight.numel() <= SMALL:
+    if columns and weight.numel() <= SMALL:
         weight = weight.contiguous()
     return Product(weight, bias)
 
 
-def read(block: Block, shortcuts: Shortcuts) -> Layer:
+def read(block: Block, taken: Sequence[str]) -> Layer:
     """The weights of a block."""
     own, cross, (up, _, down) = block.self_attn, block.cross_attn, block.ffn
-    laid = functools.partial(product, columns=shortcuts.columns)
+    laid = functools.partial(product, columns="columns" in taken)
     return Layer(
-        qkv=(laid(own.q, own.k, own.v),) if shortcuts.merged else (laid(own.q), laid(own.k), laid(own.v)),
+        qkv=(laid(own.q, own.k, own.v),) if "merged" in taken else (laid(own.q), laid(own.k), laid(own.v)),
         norm_qk=torch.stack([own.norm_q.weight, own.norm_k.weight]),
         o=laid(own.o),
         norm3=(block.norm3.weight, block.norm3.bias),
