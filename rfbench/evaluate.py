@@ -167,7 +167,8 @@ def _score(scorer: Scorer, run: Path, clips: list[Clip], about: dict[str, Any], 
     }
     if isinstance(scorer, Summarising):
         missing = about["partial"] or bool(refused)
-        told |= {"sparse": sorted(scorer.sparse), "summary": scorer.summary(clips, run, partial=missing) if partial or not missing else None}
+        together = scorer.summary(clips, run, partial=missing) if partial or not missing else None
+        told |= {"sparse": sorted(scorer.sparse), "summary": together, "whole": {} if missing or together is None else together.get("totals") or {}}
     records.write_json(note, wanted | told | {"seconds": round(time.monotonic() - begun, 3)})
     if scorer.together:
         ledger.unlink()

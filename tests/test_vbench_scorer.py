@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from rfbench import envs, records, suites
+from rfbench import config, envs, records, strict, suites
+from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.evaluate import evaluate
 from rfbench.records import Run
+from rfbench.report import checking, leaderboard
 from rfbench.scorers import vbench as scorer
 from rfbench.vbench import driver, totals
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.rows import CUSTOM
-from tests import vbench_suite
+from tests import fake_runs, vbench_suite
+
+BASELINE = strict.as_plain(config.load(Baseline, "toy/teacher"))
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +46,9 @@ def made(folder, suite, content=lambda clip: f"{clip.id} static", status=records
         (folder / clip.file).write_text(content(clip))
         clips.append(dataclasses.replace(clip, sha256=records.sha256_of(folder / clip.file)))
     records.write_rows(folder / "clips.jsonl", clips)
-    inputs = {"suite": suites.declared(suite)}
-    records.write_run(folder, Run("generate", f"x/{suite.name}", inputs, records.fingerprint(inputs), {}, status=status))
+    inputs = {"suite": suites.declared(suite) | {"sha256": suites.suite_sha256(suite)}, "weights_sha256": "0" * 64}
+    recorded = fake_runs.RECORDED | {"baseline": BASELINE}
+    records.write_run(folder, Run("generate", f"x/{suite.name}", inputs, records.fingerprint(inputs), recorded, status=status))
     return folder
 
 
@@ -83,6 +88,27 @@ def test_a_whole_run_has_every_dimension_and_a_total(tmp_path):
     assert {(s.clip, s.metric) for s in scores} == {
         (f"{p.id:04d}-{i}", d) for p, i in suites.load_suite("vbench-forcing").items for d in p.dimensions
     } | {(f"0008-{i}", "color_seen") for i in range(5)}
+
+
+def test_a_report_has_the_totals_of_a_whole_run_and_none_of_a_part(tmp_path):
+    """They come out of the run and of its record alike."""
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
+    evaluate(run, ["vbench"])
+    wanted = note(run)["summary"]["totals"]
+    assert note(run)["whole"] == wanted and set(wanted) == {"total", "quality", "semantic"}
+    board = leaderboard.read_runs([run])
+    (row,), (suite,) = board.rows, board.suites
+    for name, value in wanted.items():
+        cell = board.cells[row.name, suite, f"vbench.{name}"]
+        assert cell.value == value and cell.low is None and cell.reason == "one number of all clips, without an interval"
+    ((place, text),) = checking.condensed(board).items()
+    kept = records.write_text(tmp_path / "records" / place, text) or tmp_path / "records" / place
+    again = leaderboard.read_runs([kept])
+    assert {key: cell.value for key, cell in again.cells.items()} == {key: cell.value for key, cell in board.cells.items()}
+    few = made(tmp_path / "few", suites.load_suite("vbench-forcing", limit=2))
+    evaluate(few, ["vbench"])
+    assert note(few)["whole"] == {}
+    assert not any(metric == "vbench.total" for _, _, metric in leaderboard.read_runs([few]).cells)
 
 
 def test_each_prompt_is_asked_for_its_dimensions_with_what_to_look_for(tmp_path):

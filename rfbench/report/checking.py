@@ -65,6 +65,8 @@ def _of_bench(bench: Bench, scores: Iterable[Scores]) -> dict[str, Any]:
         scored[item.scorer] = {"version": item.version, "metrics": metrics, "values": short(item.values), "segments": short(item.segments)}
         if item.sparse:
             scored[item.scorer]["sparse"] = list(item.sparse)
+        if item.whole:
+            scored[item.scorer]["whole"] = short(item.whole)
     return record.of_bench(bench.run, bench.clips, scored)
 
 

@@ -49,6 +49,7 @@ class Scores:
     values: dict[str, dict[str, float]]  # metric -> clip id -> value
     segments: dict[str, dict[str, tuple[float, ...]]]  # metric -> clip id -> values of its segments in order
     sparse: tuple[str, ...] = ()  # metrics that may lack a value for some clips of a prompt
+    whole: dict[str, float] = field(default_factory=dict)  # metric -> what all clips add up to, where that is no mean over them
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
         {f"{scorer}.{name}": column for name, column in values.items() if column},
         {f"{scorer}.{name}": column for name, column in segments.items()},
         tuple(note.get("sparse", ())),
+        {f"{scorer}.{name}": value for name, value in note.get("whole", {}).items()},
     )
 
 

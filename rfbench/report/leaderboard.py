@@ -336,7 +336,7 @@ def _columns(
     metrics: dict[str, Metric] = {}
     for suite in suites:
         found = [item for (_, name), items in scores.items() if name == suite for item in items]
-        columns[suite] = tuple(dict.fromkeys(metric for item in found for metric in item.metrics if metric in item.values))
+        columns[suite] = tuple(dict.fromkeys(metric for item in found for metric in item.metrics if metric in item.values or metric in item.whole))
         metrics |= {metric: text for item in found for metric, text in item.metrics.items()}
     for machine in hardware:
         there = {metric for (_, name), items in timings.items() if name == machine for timed in items for metric in timed.columns}
@@ -377,20 +377,34 @@ def _cell(
     prompts: list[int] = []
     seeds: list[int] = []
     sources = []
+    wholes: list[float] = []  # of a metric that is no mean over clips, one per run
     percentage = False
     for number, run in enumerate(row.runs):
         bench = benches[run, suite]
-        item = next((item for item in scores[run, suite] if metric in item.values), None)
+        item = next((item for item in scores[run, suite] if metric in item.values or metric in item.whole), None)
         if item is None:
             return dataclasses.replace(empty, state=INCOMPLETE, reason=f"{run}/{suite} has no '{metric}' although other rows do; score it again")
+        if metric in item.whole:
+            wholes.append(item.whole[metric])
         for clip in bench.clips:
-            if clip.id in item.values[metric]:
+            if clip.id in item.values.get(metric, ()):
                 values.append(item.values[metric][clip.id])
                 prompts.append(clip.prompt_id)
                 seeds.append(row.seeds[number] if row.seeds else number)
         percentage = item.metrics[metric].unit == "%"
         weights = {"weights_sha256": bench.weights_sha256, "suite_sha256": bench.suite_sha256}
         sources.append(source(bench.run.name, bench.run, **weights, scorer=scorer, scorer_version=item.version))
+    seen = any(trained in (metric, scorer) for trained in row.saw)
+    if wholes:
+        told = "one number of all clips, without an interval"
+        return dataclasses.replace(
+            empty,
+            value=math.fsum(wholes) / len(wholes),
+            reason=told,
+            clips=sum(len(benches[run, suite].clips) for run in row.runs),
+            sources=tuple(sources),
+            saw=seen,
+        )
     try:
         sample = statistics.sample(values, prompts, seeds)
     except ValueError as error:
@@ -407,7 +421,7 @@ def _cell(
         prompts=found.prompts,
         seeds=found.seeds,
         sources=tuple(sources),
-        saw=any(seen in (metric, scorer) for seen in row.saw),
+        saw=seen,
         sample=sample,
     )
 

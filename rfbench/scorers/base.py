@@ -115,7 +115,7 @@ class Summarising(Protocol):
         ...
 
     def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
-        """What the kept answers say together; `partial` where clips are missing.
+        """What the kept answers say together; `partial` where clips are missing. `totals` in it, if there are any, become cells of a report.
 
         Raises:
             UserError: they say nothing together (code 1).

@@ -47,6 +47,11 @@ TEXTS = {
     "temporal_style": "Cosine of the clip and its prompt.",
     "overall_consistency": "Cosine of the clip and its prompt.",
 }
+TOTALS = {
+    "total": "VBench's total of all dimensions: four parts quality, one part semantic.",
+    "quality": "VBench's total of the dimensions that do not look at the prompt.",
+    "semantic": "VBench's total of the dimensions that do.",
+}
 SEEN, WHOLE, DRIFT = "color_seen", "dynamic_degree_whole", "drift"
 Place = tuple[str, int | None, int | None]  # a dimension, and the frames [begin, end) of a clip; of the whole clip without them
 
@@ -90,12 +95,14 @@ class VBench:
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
-        """Those of the dimensions, and what two of them leave out."""
+        """Those of the dimensions, what two of them leave out, and what all of them add up to."""
         found = {name: Metric(True, "%", TEXTS[name]) for name in self.dimensions}
         if "temporal_flickering" in found:
             found[STATIC] = Metric(True, "%", "Clips that VBench's static filter lets through.")
         if "color" in found:
             found[SEEN] = Metric(True, "%", "Clips in which the object was seen with a colour; the others do not count for color.")
+        if set(T2V.dimensions) <= set(self.dimensions):
+            found |= {name: Metric(True, "%", text) for name, text in TOTALS.items()}
         if self.cut is not None:
             found[WHOLE] = Metric(True, "%", "Videos that are dynamic as a whole; dynamic_degree is the mean over their clips.")
             found[DRIFT] = Metric(False, "points", "Standard deviation of imaging quality over the 2 s clips of a video.")
