@@ -314,8 +314,7 @@ class Trainer:
         self.step = int(facts["step"])
         self.rng.set_state(torch.frombuffer(bytearray.fromhex(facts["rng"]), dtype=torch.uint8))
         for role, updater in self.updaters.items():
-            updater.steps = int(facts["updates"][role])
-            updater.round()
+            updater.go_on(int(facts["updates"][role]))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

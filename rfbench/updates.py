@@ -66,13 +66,27 @@ class Updater:
     def tensors(self, *, primed: bool = False) -> dict[str, Any]:
         """All that training goes on from, by name: weights, those with a copy as that, and the optimisers' state.
 
-        They are the tensors themselves and can be filled; then `round` is due. `primed` makes the state of optimisers that never stepped.
+        They are the tensors themselves and can be filled; then `go_on` is due. `primed` makes the state of optimisers that never stepped.
         """
         if primed:
             self._prime()
         state = {id(weight): held for optim in self.optimisers for weight, held in optim.state.items()}
-        held = {name: dict(state[id(master)]) for name, master in zip(self.names, self.masters, strict=True) if id(master) in state}
+        assert primed or all(held.get("step", self.steps) == self.steps for held in state.values()), "a weight had no gradient in some step"
+        held = {
+            name: {key: tensor for key, tensor in state[id(master)].items() if key != "step"}  # the same for all: `steps`
+            for name, master in zip(self.names, self.masters, strict=True)
+            if id(master) in state
+        }
         return {"weights": self.exact(self.module.state_dict(keep_vars=True)), "optimiser": held}
+
+    def go_on(self, steps: int) -> None:
+        """Go on after `steps` steps, from what the tensors were filled with."""
+        self.steps = steps
+        for optim in self.optimisers:
+            for held in optim.state.values():
+                if "step" in held:
+                    held["step"].fill_(steps)
+        self.round()
 
     def _prime(self) -> None:
         for master in self.masters:

@@ -79,7 +79,7 @@ def _interrupted(path: str) -> None:
         train(path, name="shrinks")
 
 
-@pytest.mark.parametrize(("steps", "kills"), [(5, 2), pytest.param(24, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "kills"), [(4, 2), pytest.param(24, 12, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(steps: int, kills: int, tmp_path: Path) -> None:
     """One of the two processes is killed, at any moment: the other one says so in a sentence, or nothing was to do any more."""
     path = write(tmp_path, "redmd", **FEW | {"steps": steps, "batch": 2, "checkpoint_every": 1})
