@@ -37,6 +37,7 @@ class RewardCfg:
     name: str  # of REWARDS, or `module:function` of your own: pixels [B, T, 3, H, W] in [-1, 1] and prompts -> [B]
     beta: float  # the paper's, which is one over the released code's (D-8)
     clip: float | None = None  # largest weight
+    normalise: bool = False  # weights are divided by their mean over the whole batch, so that a step is as long as without a reward
     input: Literal["correct", "as_released"] | None = None  # videoreward_mq: what it is shown; null is correct (D-5, D-6, D-7)
     fps: float | None = None  # videoreward_mq: frames per second that it is shown; null is its own 2
 

@@ -243,6 +243,8 @@ class Trainer:
                 for key, value in seen.items():
                     stats.setdefault(key, []).append(value.detach().double().cpu())
         figures = self.ranks.together({key: torch.cat(values) for key, values in stats.items()})
+        if cfg.reward is not None and cfg.reward.normalise and "generator" in turns:
+            self.generator.scale(1 / float(figures["weight"].mean()))  # the loss is linear in weights that only now are all known
         norms = {role: self.updaters[role].clip() for role in turns}
         self._refuse_breakdown(norms, figures, seeds)
         for role in turns:

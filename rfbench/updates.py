@@ -35,6 +35,12 @@ class Updater:
                 master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
                 weight.grad = None
 
+    def scale(self, factor: float) -> None:
+        """Scale the gathered gradients, as if the loss had been scaled."""
+        for master in self.masters:
+            if master.grad is not None:
+                master.grad.mul_(factor)
+
     def clip(self) -> float:
         """Scale the gradients down to the largest norm that is allowed; the norm before, of all processes' parts together."""
         return float(full(nn.utils.clip_grad_norm_(self.masters, self.cfg.clip)))

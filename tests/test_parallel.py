@@ -58,6 +58,21 @@ def test_many_processes_train_as_one(method: str, accumulate: int, size: int, lo
     assert "many: 4/4" in ends[0].said and not any("many:" in end.said for end in ends[1:])
 
 
+def test_weights_are_normalised_over_the_whole_batch(tmp_path: Path) -> None:
+    """At once, by accumulation and over processes; the first step's gradient is the one without, over the mean weight."""
+    reward = {"name": "toy_motion", "beta": 0.5, "normalise": True}
+    rest = FEW | {"steps": 2, "checkpoint_every": 2}
+    made = [train(write(tmp_path, "redmd", **rest, reward=reward, accumulate=parts), name=f"in{parts}") for parts in (1, 4)]
+    path = write(tmp_path, "redmd", **rest, reward=reward, accumulate=1)
+    assert [end.code for end in launched(2, lambda: train(path, name="many"), tmp_path / "many")] == [0, 0]
+    for other in (made[1], run_of("many")):
+        same(other, made[0])
+    plain = train(write(tmp_path, "redmd", **rest), name="plain")
+    first, wanted = (json.loads((run / "log.jsonl").read_text().splitlines()[0]) for run in (made[0], plain))
+    assert first["weight"] == wanted["weight"] < 0.9
+    assert first["grad_norm_generator"] == pytest.approx(wanted["grad_norm_generator"] / wanted["weight"], rel=1e-5)
+
+
 def test_an_interrupted_run_goes_on_with_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "dmd", **FEW, accumulate=2)
     alone = train(path, name="alone")

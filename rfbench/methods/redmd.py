@@ -16,7 +16,7 @@ from rfbench.reward import Reward, reward_of
 
 
 class ReDmd(Dmd):
-    """DMD whose clips pull in proportion to how well they move."""
+    """DMD whose clips pull in proportion to how well they move. `reward.normalise` is the trainer's: it knows the whole batch."""
 
     def __init__(self, recipe: Recipe, student: Backbone, teacher: Backbone, **more: Any) -> None:
         super().__init__(recipe, student, teacher, **more)
