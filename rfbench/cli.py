@@ -39,7 +39,7 @@ from rfbench.options import (
     scorers,
     suite_names,
 )
-from rfbench.output import print_table
+from rfbench.output import print_profile, print_table
 from rfbench.settings import settings
 
 app = typer.Typer(
@@ -227,6 +227,7 @@ def profile(
     processes: Annotated[int, typer.Option("--processes", min=1, help="Sets of fresh processes that repeat it all, one after another.")] = 1,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
     ladder: Annotated[bool, typer.Option("--ladder", help="From a plain loop to the sampler and its approximations, step by step.")] = False,
+    training: Annotated[bool, typer.Option("--train", help="The steps of a recipe instead, phase by phase.")] = False,
     name: Name = None,
     fresh: Fresh = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only the JSON document, which otherwise comes after a table.")] = False,
@@ -234,24 +235,22 @@ def profile(
     """Time baselines chunk by chunk, in turn; the last line on stdout is one JSON document."""
     from rfbench import profiling as verb
 
-    if ladder:
-        (baseline, fields), *others = verb.grouped(baselines)
-        if compare or others or processes != 1:
-            raise UserError("--ladder takes one baseline, in this process alone; leave out --compare and --processes")
+    if ladder or training:
+        (target, fields), *others = verb.grouped(baselines)
+        if compare or others or processes != 1 or (ladder and training):
+            raise UserError("--ladder takes one baseline and --train one recipe, each by itself; leave out --compare and --processes")
+        from rfbench import anatomy
         from rfbench import ladder as climb
 
-        directory = climb.profile(baseline, fields, name=name, chunks=chunks, repeats=repeats, random_weights=random_weights, fresh=fresh)
-        document = {"path": _shown(directory)} | climb.document(directory)
-        if not as_json:
-            print_table(climb.table(document), title=document["name"], as_json=False)
-        print(json.dumps(document, ensure_ascii=False))
+        part: Any = anatomy if training else climb
+        how: dict[str, Any] = {"repeats": repeats} | ({} if training else {"chunks": chunks})
+        directory = part.profile(target, fields, name=name, random_weights=random_weights, fresh=fresh, **how)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of a launch, one speaks
+            print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json)
         return
     rounds = {"chunks": chunks, "repeats": repeats, "processes": processes}
     directory = verb.profile(baselines, name=name, compare=compare, random_weights=random_weights, fresh=fresh, **rounds)
-    document = {"path": _shown(directory)} | verb.document(directory, compare)
-    if not as_json:
-        print_table(verb.table(document), title=document["name"], as_json=False)
-    print(json.dumps(document, ensure_ascii=False))
+    print_profile({"path": _shown(directory)} | verb.document(directory, compare), verb.table, as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
@@ -30,3 +30,10 @@ def print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) ->
         cells = ["" if row.get(key) is None else str(row[key]) for key in rows[0]]
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in cells))
     console.print(table)
+
+
+def print_profile(document: dict[str, Any], table: Callable[[dict[str, Any]], Sequence[dict[str, str]]], as_json: bool) -> None:
+    """What was timed: a table, if that is wanted, and the JSON document in one line."""
+    if not as_json:
+        print_table(table(document), title=document["name"], as_json=False)
+    print(json.dumps(document, ensure_ascii=False))

@@ -29,18 +29,18 @@ def _needs(cfg: Recipe) -> set[str]:
     if cfg.method == "ode":
         return {"init", "data.latents"} if cfg.data.latents is not None else {"init", "data.pairs", "data.pair_sampler"}
     more = {"redmd": {"reward"}, "sid": {"scores.sid_alpha"}}.get(cfg.method, set())
-    forced = {"data.clips" if cfg.data.latents is None else "data.latents"} if _forced(cfg) else set()
-    return {"init", "scores"} | more | forced
+    shown = {"data.clips" if cfg.data.latents is None else "data.latents"} if forced(cfg) else set()
+    return {"init", "scores"} | more | shown
 
 
 def _may(cfg: Recipe) -> set[str]:
     """Those that it can have or not."""
     if cfg.method in ("flow", "ode"):
         return {"data.prompts"} if cfg.method == "ode" and cfg.data.latents is None else set()
-    return {"rollout"} if _forced(cfg) else {"data.prompts", "rollout"}
+    return {"rollout"} if forced(cfg) else {"data.prompts", "rollout"}
 
 
-def _forced(cfg: Recipe) -> bool:
+def forced(cfg: Recipe) -> bool:
     """Whether the student is shown clips instead of making them."""
     return cfg.rollout is not None and cfg.rollout.student == "diffusion_forced"
 
@@ -92,7 +92,7 @@ def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
         ),
         (cfg.backbone.startswith("wan") and cfg.data.clips is not None, f"clips of the toy world can't train backbone '{cfg.backbone}'"),
         (
-            _forced(cfg) and (sampler.chunk is None or scores is None or cfg.latents > scores.latents),
+            forced(cfg) and (sampler.chunk is None or scores is None or cfg.latents > scores.latents),
             "a diffusion-forced student takes chunks, of clips that the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
         ),
         (

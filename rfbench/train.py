@@ -20,18 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from rfbench import config, logbook, pairs, parallel, provenance, records, resume, strict
-from rfbench.backbones.base import Backbone, load, open_backbone, pixel_frames
+from rfbench.backbones.base import Backbone, accepts, load, open_backbone, pixel_frames
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
 from rfbench.checkpointing import checkpointed
-from rfbench.config import PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
-from rfbench.data import ClipStore, Prompts, draw_clips, prompts_of
+from rfbench.config import Precision, PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
+from rfbench.data import ClipDraws, ClipStore, Prompts, draw_clips, draw_prompts, prompts_of
 from rfbench.errors import UserError
 from rfbench.logbook import Row, summary
-from rfbench.methods.base import METHODS, Batch, Method
+from rfbench.methods.base import METHODS, Batch, Draws, Method
 from rfbench.parallel import ALONE, Ranks, full, whole
+from rfbench.phases import phase
 from rfbench.progress import Progress, say
-from rfbench.recipes import check, inputs_of, locate, memory
+from rfbench.recipes import check, forced, inputs_of, locate, memory
 from rfbench.registry import pick
 from rfbench.reward import JUDGED
 from rfbench.sampler import generate
@@ -115,14 +116,18 @@ def clips_of(cfg: Recipe) -> tuple[int, int]:
 
 
 class Trainer:
-    """State of a training run: modules, their optimisers, the average, the generator, the step."""
+    """State of a training run: modules, their optimisers, the average, the generator, the step.
 
-    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path], ranks: Ranks = ALONE) -> None:
+    Without `sources` weights and clips are drawn, and networks are small where there is no GPU: for profiles.
+    """
+
+    def __init__(self, cfg: Recipe, directory: Path, sources: dict[str, Path] | None, ranks: Ranks = ALONE) -> None:
         self.cfg, self.directory, self.precision, self.ranks = cfg, directory, cfg.precision or PrecisionCfg(), ranks
         self.rng = self._generator()
         self.prompts: Prompts | None = None  # of a clip, where its seed says it
-        self.student = self._student(sources)
-        self.method = self._method(sources)
+        self.drawn = sources is None
+        self.student = self._student(sources or {})
+        self.method = self._method(sources or {})
         for module in self.method.modules.values():
             if cfg.checkpointing and isinstance(module, WanDiT):
                 checkpointed(module)
@@ -142,13 +147,23 @@ class Trainer:
     def _student(self, sources: dict[str, Path]) -> Backbone:
         cfg = self.cfg
         if cfg.init is not None:
-            student = load(cfg.backbone, cfg.init, sources["student"], precision=self.precision.student)
+            student = self._open(cfg.backbone, cfg.init, sources.get("student"), self.precision.student)
         else:
             student = open_backbone(cfg.backbone, precision=self.precision.student)
             student.fresh(cfg.seed)
         assert isinstance(student, nn.Module)
         student.to(device())
         return student
+
+    def _open(self, name: str, weights: WeightsCfg, file: Path | None, precision: Precision | None) -> Backbone:
+        """A backbone with the weights of a file, or with drawn ones."""
+        if file is not None:
+            return load(name, weights, file, precision=precision)
+        assert self.drawn
+        backbone = open_backbone(name, precision=precision, reduced=(device().type == "cpu" and accepts(name, "reduced")) or None)
+        backbone.fresh(self.cfg.seed)
+        nn.init.normal_(backbone.denoiser.head.head.weight, std=0.02, generator=self._generator())  # arithmetic on zeros draws less power
+        return backbone
 
     def _method(self, sources: dict[str, Path]) -> Method:
         cfg, student = self.cfg, self.student
@@ -160,14 +175,16 @@ class Trainer:
             return kind(cfg, student, pairs.of(cfg, student, prompts, sources, self.ranks))
         scores, precision = cfg.scores, self.precision
         assert scores is not None
-        teacher = load(scores.teacher_backbone or cfg.backbone, scores.teacher, sources["teacher"], precision=precision.teacher)
+        teacher = self._open(scores.teacher_backbone or cfg.backbone, scores.teacher, sources.get("teacher"), precision.teacher)
         teacher.remember([scores.negative] if scores.guidance != 1.0 else [])
         critic = None
-        if "critic" in sources or precision.critic != precision.teacher:
-            file = sources.get("critic", sources["teacher"])
-            critic = load(cfg.backbone, scores.critic or scores.teacher, file, precision=precision.critic).denoiser
+        if scores.critic is not None or precision.critic != precision.teacher:
+            file = sources.get("critic", sources.get("teacher"))
+            critic = self._open(cfg.backbone, scores.critic or scores.teacher, file, precision.critic).denoiser
         clips = None
-        if "latents" in sources:
+        if self.drawn and forced(cfg):
+            clips = self._noise
+        elif "latents" in sources:
             clips = pairs.LmdbPairs(sources["latents"], (), frames=cfg.latents).ends
         elif cfg.data.clips is not None:
             clips = self._rendered().pick
@@ -183,6 +200,11 @@ class Trainer:
         if scores is not None and scores.rollouts == "separate":
             seeds += Batch(tuple(seeds), 0).other().seeds
         self.student.remember([*dict.fromkeys(prompts(seeds)), *(self.cfg.samples.prompts if self.cfg.samples is not None else ())])
+
+    def _noise(self, draws: ClipDraws) -> tuple[Tensor, list[str]]:
+        """Clips that cost as much as any others."""
+        assert isinstance(draws, Draws)
+        return draws(self.cfg.latents), draw_prompts(draws.integers(2**31))
 
     def _rendered(self) -> ClipStore:
         """Clips of the toy world."""
@@ -202,7 +224,7 @@ class Trainer:
                 progress = stack.enter_context(Progress(name, self.cfg.steps, done=self.step))
             rows: list[Row] = []
             while self.step < self.cfg.steps:
-                rows.append(self._advance())
+                rows.append(self.advance())
                 if progress is not None:
                     progress.advance(1, logbook.numbers(rows[-1]))
                 if self.step % self.cfg.log_every == 0 or self.step == self.cfg.steps:
@@ -220,31 +242,40 @@ class Trainer:
         """The micro-batches of a step that this process computes."""
         return self.ranks.own(Batch(tuple(seeds[1:]), seeds[0]).split(self.ranks.deal(len(seeds) - 1, parts)))
 
-    def _advance(self) -> Row:
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Which modules a step updates."""
+        if self.cfg.stepping != "as_released":
+            return self.method.turns(step)
+        return self.method.turns(step // self.cfg.accumulate) if step % self.cfg.accumulate == 0 else ("critic",)
+
+    def advance(self) -> Row:
         """One optimiser step of every module whose turn it is; what happened, in figures.
 
         The released trainer steps after every micro-batch, which is one clip per GPU, and once more, with the same gradients, after
         every `accumulate`-th. Only then does it clear them, and only then has the generator a turn (D-1).
         """
-        cfg, released = self.cfg, self.cfg.stepping == "as_released"
+        cfg, released, turns = self.cfg, self.cfg.stepping == "as_released", self.turns(self.step)
         whole_step = not released or self.step % cfg.accumulate == 0
-        turns = self.method.turns(self.step // cfg.accumulate if released else self.step) if whole_step else ("critic",)
         clips, parts = clips_of(cfg)
         seeds = _draw(self.rng, clips)
         own = self._own(seeds, parts)
         stats: dict[str, list[Tensor]] = {}
+        phase("communication")
         with whole(self.method.modules.values()):
             for part in own:
                 losses, seen = self.method.losses(part, turns)
+                phase("backward")
                 for loss in losses.values():
                     (loss / len(own) / (cfg.accumulate if released else 1)).backward()
                 for role in turns:
                     self.updaters[role].gather()
                 for key, value in seen.items():
                     stats.setdefault(key, []).append(value.detach().double().cpu())
+            phase("communication")
         figures = self.ranks.together({key: torch.cat(values) for key, values in stats.items()})
         if cfg.reward is not None and cfg.reward.normalise and "generator" in turns:
             self.generator.scale(1 / float(figures["weight"].mean()))  # the loss is linear in weights that only now are all known
+        phase("optimiser")
         norms = {role: self.updaters[role].clip() for role in turns}
         self._refuse_breakdown(norms, figures, seeds)
         for role in turns:

@@ -173,7 +173,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, wrapper)
 
-    note(train.Trainer, "_advance", "step")
+    note(train.Trainer, "advance", "step")
     note(generate, "_film", "film")
     note(stopwatch.Worker, "turn", "turn")
     return noted

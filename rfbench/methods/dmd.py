@@ -20,6 +20,7 @@ from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Recipe, SamplerCfg, ScoreCfg
 from rfbench.data import Clips, Prompts, draw_prompts
 from rfbench.methods.base import Batch, Draws, chunk_steps, student_mask
+from rfbench.phases import phase
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, shifted, x0_to_flow
 
@@ -94,6 +95,7 @@ class Dmd:
             losses, stats = self.losses(batch, ("generator",))
             others, more = self.losses(batch.other(), ("critic",))
             return losses | others, stats | more
+        phase("rollout")
         with torch.set_grad_enabled("generator" in turns):
             video, mask_BF, prompts, text, draws = self._streamed(batch, turns) if self.clips is None else self._forced(batch, self.clips)
         losses, stats = dict[str, Tensor](), dict[str, Tensor]()
@@ -101,11 +103,13 @@ class Dmd:
             t_B, noise = self._score_draws(draws), draws(video.shape[1])
             with torch.no_grad():
                 weight_B, stats = self.weights(video, prompts)
+            phase("scores")
             loss_B, seen = self.student_loss(video, noise, t_B, text, mask_BF)
             losses["generator"] = (weight_B * loss_B).mean()
             stats |= seen | {"loss": loss_B.detach(), "timestep": t_B}
         if "critic" in turns:
             noise, t_B = draws(video.shape[1]), self._score_draws(draws)
+            phase("critic")
             error_B = self.critic_error(video.detach(), noise, t_B, text)
             losses["critic"] = error_B.mean()
             stats |= {"critic_loss": error_B.detach(), "critic_timestep": t_B}

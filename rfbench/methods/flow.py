@@ -12,6 +12,7 @@ from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import Recipe
 from rfbench.data import ClipStore
 from rfbench.methods.base import Batch, Draws
+from rfbench.phases import phase
 from rfbench.schedule import add_noise, shifted
 
 
@@ -35,6 +36,7 @@ class FlowMatching:
         text = self.backbone.encode_text(["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)])
         sigma_B1 = shifted(draws.uniform(), self.recipe.sampler.shift)[:, None]
         noise = draws(x0.shape[1])
+        phase("forward")
         flow = self.backbone.denoiser(add_noise(x0, noise, sigma_B1), 1000 * sigma_B1, text)
         error_B = (flow - (noise - x0)).square().flatten(1).mean(1)
         return {"generator": error_B.mean()}, {"loss": error_B.detach()}

@@ -16,6 +16,7 @@ from rfbench.config import Recipe, SamplerCfg
 from rfbench.data import Pairs, Prompts, draw_prompts
 from rfbench.errors import UserError
 from rfbench.methods.base import Batch, Draws, chunk_steps, student_mask
+from rfbench.phases import phase
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, flow_to_x0
 
@@ -39,6 +40,7 @@ class OdeRegression:
         draws = Draws(self.backbone.shape, batch.seeds)
         path, captions = self.pairs.pick(draws)
         index_BF = chunk_steps(draws, path.shape[2], self.chunk, len(self.timesteps) - 1)
+        phase("forward")
         text = self.backbone.encode_text(captions).detach()
         loss, x0 = regression(self.backbone, path, index_BF, text, self.timesteps, self.schedule, self.mask_SS)
         return {"generator": loss}, {"loss": (x0 - path[:, -1]).square().flatten(1).mean(1).detach()}

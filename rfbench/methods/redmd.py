@@ -12,6 +12,7 @@ from rfbench.backbones.base import Backbone
 from rfbench.config import Recipe
 from rfbench.errors import UserError
 from rfbench.methods.dmd import Dmd
+from rfbench.phases import phase
 from rfbench.reward import Reward, reward_of
 
 
@@ -25,7 +26,10 @@ class ReDmd(Dmd):
         self.reward: Reward = reward_of(recipe.reward, student.shape.fps)
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        reward_B = self.reward(self.student.decoder()(video_BFCHW), prompts).to(video_BFCHW.device, torch.float64)
+        phase("decode")
+        pixels = self.student.decoder()(video_BFCHW)
+        phase("reward")
+        reward_B = self.reward(pixels, prompts).to(video_BFCHW.device, torch.float64)
         if reward_B.shape != (len(prompts),):
             raise UserError(
                 f"reward '{self.reward_cfg.name}' gave numbers of shape {list(reward_B.shape)} for {len(prompts)} clips; it takes one for each",
