@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -172,7 +173,7 @@ def _each(kind: str, names: list[str], look: Callable[[str], str]) -> Iterator[C
         try:
             yield Check(f"{kind} {name}", "ok", look(name))
         except UserError as error:
-            yield Check(f"{kind} {name}", "missing", str(error), "do what the sentence says, or leave it out")
+            yield Check(f"{kind} {name}", "missing", str(error), _fix(str(error), name))
         except ImportError as error:
             yield Check(f"{kind} {name}", "missing", str(error), f"pip install -c constraints.txt {error.name or ''}".strip())
 
@@ -184,3 +185,9 @@ def _extras() -> Iterator[Check]:
             yield Check(module, "ok", importlib.metadata.version(module.replace("_", "-")))
         else:
             yield Check(module, "missing", "not installed; the toy study does not need it", f"pip install -c constraints.txt -e '.[{extra}]'")
+
+
+def _fix(sentence: str, name: str) -> str:
+    """The command that a sentence gives between backticks."""
+    command = next((text for text in re.findall(r"`([^`]+)`", sentence) if text.startswith(("rfbench ", "pip "))), "")
+    return f"{command} {name}" if command == "rfbench fetch" else command or "do what the sentence says, or leave it out"

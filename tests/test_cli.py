@@ -242,3 +242,10 @@ def test_completion_knows_the_names(tmp_path):
         count = len(words.split()) - 1
         done = run(_RFBENCH_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(count))
         assert expected in done.stdout.split(), (words, done.stderr)
+
+
+def test_the_doctor_gives_the_command_that_mends(capsys):
+    _, out, _ = call(capsys, "doctor", "--json")
+    fixes = {check["name"]: check["fix"] for check in json.loads(out)}
+    assert fixes["baseline wan/causvid"] == "rfbench fetch wan/causvid" and fixes["environment nova"] == "rfbench env nova"
+    assert fixes["baseline toy/teacher"] == ""
