@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,23 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     if done.returncode:
         return {"nvidia-smi": " ".join((done.stdout + done.stderr).split())[:200]}
     return parsed(done.stdout)
+
+
+def energy(device: torch.device) -> tuple[Callable[[], float] | None, str]:
+    """How to read the joules that a GPU has taken since its driver was loaded, and who tells; without it, why nobody does."""
+    if device.type != "cuda":
+        return None, "not measured: a CPU does not tell"
+    try:
+        import pynvml
+    except ImportError:
+        return None, "not measured: nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(str(torch.cuda.get_device_properties(device).uuid)))
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return None, f"not measured: NVML says {error}"
+    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000, "NVML"
 
 
 def parsed(line: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rfbench import attention, baselines, hardware, provenance, records, statistics, strict, timing
+from rfbench import attention, baselines, hardware, length, provenance, records, statistics, strict, timing
 from rfbench.baselines import TOLD, Prepared
 from rfbench.config import Baseline
 from rfbench.errors import UserError
@@ -175,8 +175,11 @@ def document(directory: Path, compare: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds}
     found |= {"asked": {key: run.inputs[key] for key in ("chunks", "repeats", "processes")}}
     found |= {"recorded": run.recorded, "timings": run.result["timings"]}
+    rounds = timing.read_rounds(directory)
+    own = {name: [turn for each in rounds for turn in each.turns if turn.contender == name] for name in found["timings"]}
+    lines = {name: length.trends(turns) for name, turns in own.items()}
+    found["length"] = {name: {what: dataclasses.asdict(line) for what, line in both.items()} for name, both in lines.items()}
     if compare:
-        rounds = timing.read_rounds(directory)
         better, than = (turn.contender for turn in rounds[0].turns)  # the first round goes in the order of the request
         told = {metric: dataclasses.asdict(ratio) for metric, ratio in ratios(rounds, better, than).items()}
         found["compare"] = {"better": better, "than": than, "ratios": told}
@@ -184,21 +187,34 @@ def document(directory: Path, compare: bool = False) -> dict[str, Any]:
 
 
 def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A document as rows for people: a metric each, with median and range of every contender, and the ratio where two are compared."""
+    """The main numbers of a document as rows for people: what each counts, median and range of every contender, the ratio where two are compared."""
     labels = {name: name + _marks(document["recorded"]["contenders"][name]) for name in document["timings"]}
     rows = []
     for metric, definition in TIMINGS.items():
         scale = 1e-6 if definition.metric.unit == "bytes" else 1.0
-        row = {"": f"{metric.replace('_bytes', '_MB')}"}
-        for name, columns in document["timings"].items():
-            found = columns.get(metric)
+        cells = {name: columns.get(metric) for name, columns in document["timings"].items()}
+        if not definition.counts or not any(cells.values()):
+            continue
+        row = {"": f"{metric.replace('_bytes', '_MB')}", "what counts": definition.counts}
+        for name, found in cells.items():
             row[labels[name]] = f"{scale * found['median']:.4g} [{scale * found['low']:.4g}, {scale * found['high']:.4g}]" if found else ""
-        ratio = document.get("compare", {}).get("ratios", {}).get(metric)
         if "compare" in document:
+            ratio = document["compare"]["ratios"].get(metric)
             row["times as good"] = "" if ratio is None else f"{ratio['value']:.3f} {_interval(ratio)}"
-        if any(text for key, text in row.items() if key):
-            rows.append(row)
+        rows.append(row)
+    for what, unit, scale in (("seconds", "ms", 1e3), ("bytes", "MB", 1e-6)):
+        lines = {name: lines[what] for name, lines in document["length"].items() if what in lines}
+        if lines:
+            row = {"": f"{unit} per {length.MORE}", "what counts": f"more for a chunk, {length.MORE} chunks later"}
+            row |= {labels[name]: _rise(lines[name], scale) if name in lines else "" for name in labels}
+            rows.append(row | ({"times as good": ""} if "compare" in document else {}))
     return rows
+
+
+def _rise(line: Mapping[str, Any], scale: float) -> str:
+    """A trend with its interval."""
+    interval = f"({line['why']})" if line["low"] is None else f"[{scale * line['low']:+.2g}, {scale * line['high']:+.2g}]"
+    return f"{scale * line['more']:+.2g} {interval}"
 
 
 def _marks(about: Mapping[str, Any]) -> str:

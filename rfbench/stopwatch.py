@@ -6,6 +6,7 @@ as in use: on a GPU the denoiser is timed by events in its own queue, everything
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import resource
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import baselines, sampler, video
+from rfbench import baselines, hardware, sampler, video
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.lean import LeanDiT
 from rfbench.backbones.wan.text import WanText
@@ -30,7 +31,7 @@ from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.suites import load_suite
-from rfbench.timing import CLIP, Chunk, Turn
+from rfbench.timing import APART, CLIP, Chunk, Turn
 
 WARM_UPS = 2  # clips
 
@@ -109,6 +110,8 @@ class Contestant:
     chunks: int  # of a stream; 0 where there are none
     prompts: tuple[str, str]  # of a clip and a stream; that a stream switches to
     cold_start_s: float | None  # until a turn has reported it; never with random weights
+    warm_up_s: float | None  # likewise
+    energy: Callable[[], float] | None  # joules of the GPU so far
     about: dict[str, Any]
 
 
@@ -124,16 +127,18 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     for _ in range(WARM_UPS - 1):
         time_clip(backbone, ready.cfg.sampler, lean, prompts[0], latents, 0)
     what, _ = meter()
-    cold = None if ready.weights is None else begun - born + first  # drawing weights is not loading them
+    energy, whose = hardware.energy(baselines.device())
+    cold, warmed = (None, None) if ready.weights is None else (begun - born + first, time.time() - born)  # drawing weights is not loading them
     about = {
         "weights_sha256": ready.weights_sha256,
         "precision": precision(backbone),
         "decoder": ready.cfg.decoder,
         "memory": what,
+        "energy": whose,
         "chunks": chunks,
         "shortcuts": lean.taken if lean else [],
     }
-    return Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, prompts, cold, about)
+    return Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, prompts, cold, warmed, energy, about)
 
 
 def precision(backbone: Backbone) -> dict[str, str]:
@@ -158,15 +163,25 @@ def take(contestant: Contestant, number: int) -> Turn:
     _, peak = meter()
     backbone, cfg, lean = contestant.backbone, contestant.sampler, contestant.lean
     clip = time_clip(backbone, cfg, lean, contestant.prompts[0], contestant.latents, number)
-    stream = time_stream(backbone, cfg, lean, contestant.prompts, contestant.chunks, number) if contestant.chunks else ()
+    joint = cfg.cache is not None and lean is not None and "joint" in lean.taken
+    stream, joules, apart = tuple[Chunk, ...](), None, tuple[Chunk, ...]()
+    if contestant.chunks:
+        spent = contestant.energy() if contestant.energy is not None else None
+        stream = time_stream(backbone, cfg, lean, contestant.prompts, contestant.chunks, number)
+        joules = contestant.energy() - spent if contestant.energy is not None and spent is not None else None
+        if joint and lean is not None:
+            alone = copy.copy(lean)  # the same weights in the same memory
+            alone.shortcuts = replace(lean.shortcuts, joint=False)
+            apart = time_stream(backbone, cfg, alone, contestant.prompts, min(APART, contestant.chunks), number)[:-1]
     switched = stream[-1] if stream and cfg.solver != "rolling" else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
+    warmed, contestant.warm_up_s = contestant.warm_up_s, None
     reserved, device = None, None
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    joint = cfg.cache is not None and lean is not None and "joint" in lean.taken
-    return Turn(contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold, joint)
+    shape, stream = backbone.shape, stream[: contestant.chunks]
+    return Turn(contestant.name, shape.fps, clip, stream, switched, peak(), reserved, device, cold, joint, warmed, apart, joules)
 
 
 def meter() -> tuple[str, Callable[[], int]]:
@@ -180,6 +195,16 @@ def meter() -> tuple[str, Callable[[], int]]:
     except OSError:  # not Linux, or not allowed
         unit = 1 if sys.platform == "darwin" else 1024
         return "resident, of the whole process", lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def held() -> int | None:
+    """Bytes in use now: allocated on a GPU, resident on a CPU; None where nobody tells."""
+    if baselines.device().type == "cuda":
+        return torch.cuda.memory_allocated()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return None
 
 
 class Clock:
@@ -258,7 +283,7 @@ def _timed(
 ) -> tuple[Chunk, ...]:
     """Stamps of a stream, or of its first `frames` frames."""
     stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
-    readable: list[tuple[float, int]] = []
+    readable: list[tuple[float, int, int | None]] = []
     decode = backbone.decoder()
 
     def mark(event: str) -> None:
@@ -267,13 +292,13 @@ def _timed(
     noise = sampler.clip_noise(backbone, [seed])
     for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark, lean=lean):
         pixels = decode(chunk.latent_BFCHW)
-        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made in readable)]).cpu().shape[1]
-        readable.append((clock.host(), shown))
+        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made, _ in readable)]).cpu().shape[1]
+        readable.append((clock.host(), shown, held()))
     return tuple(_rows(stamps, readable))
 
 
-def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[float, int]]) -> Iterable[Chunk]:
-    for index, (seen, frames) in enumerate(readable):
+def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[float, int, int | None]]) -> Iterable[Chunk]:
+    for index, (seen, frames, kept) in enumerate(readable):
         begin, denoised = (round(stamps[event][index](), 7) for event in ("begin", "denoised"))
         cached = round(stamps["cached"][index](), 7) if index < len(stamps["cached"]) else None
-        yield Chunk(index, frames, begin, denoised, round(seen, 7), cached)
+        yield Chunk(index, frames, begin, denoised, round(seen, 7), cached, kept)

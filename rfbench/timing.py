@@ -26,6 +26,7 @@ CLIP = 81  # pixel frames
 STEADY = 3  # first chunk of a stream that is counted: before it the window fills
 BUFFERS = (0, 1, 2)  # chunks in store before playing starts, besides the first
 FEWEST_PROCESSES = 3  # that have to agree before a claim about speed is judged: rounds of one process share its luck with memory and cores
+APART = 8  # chunks of the stream by which steps are told from context passes where these go along with others
 TAIL = 662  # gaps between chunks from which on a 99th percentile says something (MLPerf Inference's number of samples for p99)
 
 
@@ -39,6 +40,7 @@ class Chunk:
     denoised: float  # its last step ends
     readable: float  # its uint8 frames can be read on the host
     cached: float | None  # its context pass ends; the last chunk of a clip has none
+    held_bytes: int | None = None  # memory held when it can be read: allocated on a GPU, resident on a CPU
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Turn:
     device_bytes: int | None  # in use on the GPU as a whole when the turn ended
     cold_start_s: float | None  # from the start of its process to its first frame; in the first turn of a process that loaded weights
     joint: bool = False  # a context pass goes along with the next chunk's first step, so it counts there and cannot be told apart
+    warm_up_s: float | None = None  # from the start of its process until it had warmed up; where `cold_start_s` is
+    apart: tuple[Chunk, ...] = ()  # where `joint`: a stream of APART chunks, each with a context pass of its own
+    joules: float | None = None  # that the GPU took for the stream and the chunk after it; None where nothing tells
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Timing:
 
     metric: Metric
     of: Callable[[Turn], float | None]
-    headline: bool = False  # shown in tables; the others are in the CSV
+    headline: bool = False  # shown in the tables of reports; the others are in the CSV
+    counts: str = ""  # what counts, in a few words; with them it is in the table of a profile, the others are in its document
 
 
 def read_rounds(directory: Path) -> list[Round]:
@@ -108,9 +114,9 @@ def order(names: Sequence[str], number: int) -> tuple[str, ...]:
     return turned[::-1] if number % 2 else turned
 
 
-def steady(turn: Turn) -> tuple[Chunk, ...]:
-    """The chunks of the stream that are counted; none where there are fewer than two."""
-    found = tuple(chunk for chunk in turn.stream if chunk.index >= STEADY)
+def steady(stream: Sequence[Chunk]) -> tuple[Chunk, ...]:
+    """The chunks of a stream that are counted; none where there are fewer than two."""
+    found = tuple(chunk for chunk in stream if chunk.index >= STEADY)
     return found if len(found) > 1 else ()
 
 
@@ -125,13 +131,13 @@ def with_context(chunk: Chunk) -> float:
     return denoising(chunk) + chunk.cached - chunk.readable
 
 
-def _dit_fps(turn: Turn, seconds: Callable[[Chunk], float]) -> float | None:
-    counted = steady(turn)
+def _dit_fps(stream: Sequence[Chunk], seconds: Callable[[Chunk], float]) -> float | None:
+    counted = steady(stream)
     return counted[0].frames / median(map(seconds, counted)) if counted else None
 
 
 def _e2e_fps(turn: Turn) -> float | None:
-    counted = steady(turn)
+    counted = steady(turn.stream)
     return sum(chunk.frames for chunk in counted) / (counted[-1].readable - turn.stream[STEADY - 1].readable) if counted else None
 
 
@@ -142,14 +148,19 @@ def _rtf(turn: Turn) -> float | None:
 
 def _jitter(turn: Turn, share: float, least: int = 1) -> float | None:
     """Nearest-rank quantile of the gaps between the first frames of neighbouring chunks."""
-    gaps = sorted(after.readable - before.readable for before, after in itertools.pairwise(steady(turn)))
+    gaps = sorted(after.readable - before.readable for before, after in itertools.pairwise(steady(turn.stream)))
     return gaps[math.ceil(share * len(gaps)) - 1] if len(gaps) >= least else None
 
 
 def _slowdown(turn: Turn) -> float | None:
-    took = [with_context(chunk) for chunk in steady(turn)]
+    took = [with_context(chunk) for chunk in steady(turn.stream)]
     third = max(1, len(took) // 3)
     return median(took[-third:]) / median(took[:third]) if took else None
+
+
+def _joules(turn: Turn) -> float | None:
+    made = (*turn.stream, *([turn.switched] if turn.switched else []))
+    return None if turn.joules is None or not made else turn.joules / sum(chunk.frames for chunk in made)
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ def viewing(chunks: Sequence[Chunk], fps: int, buffer: int) -> Viewing:
 
 
 def _view(turn: Turn, buffer: int, of: Callable[[Viewing], float]) -> float | None:
-    return of(viewing(turn.stream, turn.fps, buffer)) if steady(turn) else None
+    return of(viewing(turn.stream, turn.fps, buffer)) if steady(turn.stream) else None
 
 
 def _viewed(buffer: int) -> dict[str, Timing]:
@@ -185,8 +196,11 @@ def _viewed(buffer: int) -> dict[str, Timing]:
     in_time = Metric(True, "%", f"Frames that are there when a clock at the video's frame rate wants them, {store}.")
     underruns = Metric(False, "", f"How often a player that waits for late frames stands still, {store}.")
     stalled = Metric(False, "s", f"Time for which such a player stands still, {store}.")
+    told = f"frames in time, {buffer} chunk{'s' * (buffer != 1)} in store"
     return {
-        f"deadline_{buffer}": Timing(in_time, functools.partial(_view, buffer=buffer, of=lambda seen: 100 * seen.in_time), headline=buffer == 1),
+        f"deadline_{buffer}": Timing(
+            in_time, functools.partial(_view, buffer=buffer, of=lambda seen: 100 * seen.in_time), headline=buffer == 1, counts=told
+        ),
         f"underruns_{buffer}": Timing(underruns, functools.partial(_view, buffer=buffer, of=lambda seen: float(seen.underruns))),
         f"stall_{buffer}_s": Timing(stalled, functools.partial(_view, buffer=buffer, of=lambda seen: seen.stalled)),
     }
@@ -195,45 +209,66 @@ def _viewed(buffer: int) -> dict[str, Timing]:
 TIMINGS: dict[str, Timing] = {
     "dit_fps": Timing(
         Metric(True, "FPS", f"Frames of a chunk over the median time of its steps and its context pass, from chunk {STEADY} on; no decoding."),
-        lambda turn: _dit_fps(turn, with_context),
+        lambda turn: _dit_fps(turn.stream, with_context),
         headline=True,
+        counts="steps + context pass, no decoding",
     ),
     "dit_fps_no_context": Timing(
         Metric(True, "FPS", "The same without the context pass, as some publish it: a stream cannot go on without that pass."),
-        lambda turn: None if turn.joint else _dit_fps(turn, denoising),
+        lambda turn: _dit_fps(turn.apart if turn.joint else turn.stream, denoising),
+        counts="the same without the context pass",
     ),
     "e2e_fps": Timing(
         Metric(True, "FPS", f"Frames after chunk {STEADY - 1} over the time that they take until they can be read: decoding and copying included."),
         _e2e_fps,
         headline=True,
+        counts="steps + context pass + decoding, uint8 on the host",
     ),
     "clip_fps": Timing(
         Metric(True, "FPS", "Frames of an 81 frame clip over the time from request to last frame: text encoder included, what a user sees."),
         lambda turn: CLIP / turn.clip[-1].readable,
         headline=True,
+        counts="81 frames from the request, text encoder included",
     ),
     "ttff_s": Timing(
         Metric(False, "s", "Time from the request of a new prompt to its first frame, model and text encoder in memory."),
         lambda turn: turn.clip[0].readable,
         headline=True,
+        counts="to the first frame, new prompt, all in memory",
     ),
     "ttff_cached_s": Timing(
         Metric(False, "s", "Time from the request of a prompt that is already encoded to its first frame."),
         lambda turn: turn.stream[0].readable if turn.stream else None,
+        counts="to the first frame, prompt already encoded",
     ),
     "switch_s": Timing(
         Metric(
             False, "s", "Time from a switch of the prompt between two chunks, to one that is already encoded, to the first frame that follows it."
         ),
         lambda turn: None if turn.switched is None else turn.switched.readable - turn.switched.begin,
+        counts="from a prompt switch to its first frame",
     ),
     "cold_start_s": Timing(
         Metric(False, "s", "Time from the start of a process to its first frame: interpreter, imports, weights, first chunk."),
         lambda turn: turn.cold_start_s,
+        counts="to the first frame of a cold process",
     ),
-    "rtf": Timing(Metric(True, "×", "Seconds of video per second of computing; above 1 is faster than real time."), _rtf, headline=True),
+    "warm_up_s": Timing(
+        Metric(False, "s", "Time from the start of a process until it is warm: its first frame and the rest of two clips."),
+        lambda turn: turn.warm_up_s,
+    ),
+    "rtf": Timing(
+        Metric(True, "×", "Seconds of video per second of computing; above 1 is faster than real time."),
+        _rtf,
+        headline=True,
+        counts="seconds of video per second",
+    ),
     "jitter_p50_s": Timing(Metric(False, "s", f"Median time between neighbouring chunks, from chunk {STEADY} on."), lambda turn: _jitter(turn, 0.5)),
-    "jitter_p95_s": Timing(Metric(False, "s", "95th percentile of the time between neighbouring chunks."), lambda turn: _jitter(turn, 0.95)),
+    "jitter_p95_s": Timing(
+        Metric(False, "s", "95th percentile of the time between neighbouring chunks."),
+        lambda turn: _jitter(turn, 0.95),
+        counts="from chunk to chunk",
+    ),
     "jitter_p99_s": Timing(
         Metric(False, "s", f"99th percentile of the time between neighbouring chunks, of streams with at least {TAIL} gaps."),
         lambda turn: _jitter(turn, 0.99, TAIL),
@@ -244,11 +279,13 @@ TIMINGS: dict[str, Timing] = {
         Metric(False, "×", "Median time of a chunk in the last third of a stream over that in the first third: 1 is constant cost."),
         _slowdown,
         headline=True,
+        counts="last third of a stream to first",
     ),
     "peak_memory_bytes": Timing(
         Metric(False, "bytes", "Most memory that was held after warm-up: allocated on a GPU, resident on a CPU."),
         lambda turn: float(turn.peak_bytes),
         headline=True,
+        counts="most allocated, or resident on a CPU",
     ),
     "reserved_memory_bytes": Timing(
         Metric(False, "bytes", "Most GPU memory that torch held after warm-up, what it keeps in reserve included."),
@@ -257,6 +294,11 @@ TIMINGS: dict[str, Timing] = {
     "device_memory_bytes": Timing(
         Metric(False, "bytes", "Memory in use on the GPU as a whole: the driver's, other processes' and other contenders' included."),
         lambda turn: None if turn.device_bytes is None else float(turn.device_bytes),
+    ),
+    "joules_per_frame": Timing(
+        Metric(False, "J", "Energy that the GPU took for a stream, idle power included, over its frames; as NVML counts it."),
+        _joules,
+        counts="of the GPU, by NVML",
     ),
 }
 

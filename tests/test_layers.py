@@ -37,7 +37,7 @@ LAYERS = [
         "vbench_worker",
         "external",
     },
-    {"methods", "scorers", "timing", "recipes", "updates", "resume"},
+    {"methods", "scorers", "timing", "length", "recipes", "updates", "resume"},
     {"pairs", "stopwatch", "ladder", "logbook"},
     {
         "fetch",
@@ -59,7 +59,7 @@ LAYERS = [
 ]
 VERBS = {"train", "generate", "evaluate", "importing", "profiling", "report"}
 FAMILIES = {"backbones", "methods", "scorers"}
-OPTIONAL = {"cv2", "lmdb", "ray", "transformers", "accelerate", "vbench", "flash_attn"}
+OPTIONAL = {"cv2", "lmdb", "pynvml", "ray", "transformers", "accelerate", "vbench", "flash_attn"}
 
 
 def layer_of(module: str) -> int:
@@ -158,6 +158,7 @@ def test_what_is_imported_is_declared_and_pinned():
     declared = {re.split(r"[^\w-]", line)[0] for line in wanted}
     pins = dict(line.split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines() if "==" in line)
     spelled = {"cv2": "opencv-python-headless", "yaml": "pyyaml", "PIL": "pillow", "flash_attn": "flash-attn", "huggingface_hub": "huggingface-hub"}
+    spelled |= {"pynvml": "nvidia-ml-py"}
     ours = [path for path in PATHS if path.parent.name != "vbench_worker"]  # runs in an environment of its own, which is pinned on its own
     tops = {target.split(".")[0] for path in ours for target, _ in imports(path)} - sys.stdlib_module_names - {"rfbench"}
     assert {spelled.get(top, top) for top in tops} <= declared

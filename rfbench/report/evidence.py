@@ -271,9 +271,10 @@ def read_timings(source: Path) -> dict[str, Timed]:
             where = f"{directory}/rounds.jsonl: of '{turn.contender}' in round {each.number}"
             if sum(chunk.frames for chunk in turn.clip) != timing.CLIP:
                 raise UserError(f"{where} the clip does not have {timing.CLIP} frames; {again}")
-            if any(chunk.cached is None for chunk in turn.stream):
+            if any(chunk.cached is None for chunk in (*turn.stream, *turn.apart)):
                 raise UserError(f"{where} the stream lacks a context pass; {again}")
             _forward(turn.clip, f"{where} the clip", again)
+            _forward(turn.apart, f"{where} the stream with separate context passes", again)
             _forward((*turn.stream, *([turn.switched] if turn.switched else [])), f"{where} the stream", again)
     found = {}
     for name, columns in timing.values(rounds, run.name).items():
