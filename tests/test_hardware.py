@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -56,6 +59,57 @@ def test_a_cpu_has_a_load_and_a_name():
     assert state["mhz"] is None or 100 < state["mhz"] < 10_000
     assert hardware.name(CPU) == "cpu"
     assert hardware.software(CPU) == {"float32_matmul": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+
+
+class Nvml(types.ModuleType):
+    """As much of NVML as is asked: a counter in millijoules, or a GPU that has none."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, refused: str = "") -> None:
+        super().__init__("pynvml")
+        self.refused, self.asked, self.spent = refused, "", 5_000_000
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.asked = uuid
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        assert handle == "handle"
+        if self.refused:
+            raise self.NVMLError(self.refused)
+        self.spent += 1500
+        return self.spent
+
+
+def test_energy_is_read_in_joules_from_the_gpu_that_torch_uses(monkeypatch):
+    nvml = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="3f0c"))
+    read, whose = hardware.energy(CUDA)
+    assert read is not None and whose == "NVML" and nvml.asked == "GPU-3f0c"
+    assert read() - read() == -1.5
+
+
+def test_energy_that_nobody_tells_is_said_to_be_missing(monkeypatch):
+    assert hardware.energy(CPU) == (None, "not measured: a CPU does not tell")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="3f0c"))
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("Not Supported"))
+    assert hardware.energy(CUDA) == (None, "not measured: NVML says Not Supported")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert hardware.energy(CUDA) == (None, "not measured: nvidia-ml-py is not installed")
+
+
+def test_the_stand_in_has_the_names_of_the_package():
+    pynvml = pytest.importorskip("pynvml")
+    assert issubclass(pynvml.NVMLError, Exception)
+    for name in ("nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"):
+        theirs, ours = inspect.signature(getattr(pynvml, name)), inspect.signature(getattr(Nvml(), name))
+        assert len(theirs.parameters) == len(ours.parameters)
 
 
 @pytest.mark.gpu

@@ -222,8 +222,16 @@ def test_two_settings_of_one_baseline_from_the_command_line(tmp_path, folders, c
         stamps = [stamp for chunk in (*one.stream, one.switched) for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
         assert stamps[:-1] == sorted(stamps[:-1])  # type: ignore[type-var]
         assert 5e7 < one.peak_bytes < 4e9 and one.reserved_bytes is None
+        assert all(0 < chunk.held_bytes < 2 * one.peak_bytes for chunk in (*one.clip, *one.stream))  # type: ignore[operator]
+        assert one.joint and [chunk.index for chunk in one.apart] == list(range(7)) and one.joules is None
+        assert all(apart.cached > apart.readable for apart in one.apart)  # type: ignore[operator]
     colds = [one.cold_start_s for each in rounds for one in each.turns]
     assert [cold is None for cold in colds] == [False, False, True, True]
+    assert [one.warm_up_s is None for each in rounds for one in each.turns] == [False, False, True, True]
+    assert all(one.warm_up_s > one.cold_start_s for one in rounds[0].turns)  # type: ignore[operator]
+    assert document["length"][names[0]]["seconds"]["chunks"] == 3 and document["length"][names[0]]["bytes"]["level"] > 5e7
+    assert recorded["contenders"][names[0]]["energy"] == "not measured: a CPU does not tell"
+    assert "joint" in recorded["contenders"][names[0]]["shortcuts"] and "kernels" not in recorded["contenders"][names[0]]["shortcuts"]
     assert all(cold > one.clip[0].readable for cold, one in zip(colds[:2], rounds[0].turns, strict=True))  # type: ignore[operator]
     timed = evidence.read_timings(directory)
     assert timed[names[0]].columns["profile.dit_fps"] == {("steps/cpu", 0, number): value for number, value in enumerate(fps[names[0]])}
@@ -320,13 +328,22 @@ def test_random_weights_need_no_file_and_are_marked(tmp_path, monkeypatch):
     assert contestant.about["weights_sha256"] == "random"
     assert contestant.cold_start_s is None  # nothing was loaded
     found = {"dit_fps": {"median": 20.0, "low": 19.0, "high": 21.0}, "peak_memory_bytes": {"median": 2e9, "low": 2e9, "high": 2e9}}
+    line = {"chunks": 16, "level": 0.5, "more": 0.002, "low": -0.001, "high": 0.005, "why": ""}
+    short = {"chunks": 3, "level": 3e9, "more": -2e6, "low": None, "high": None, "why": "3 chunks, the least is 4"}
     document = {
         "timings": {"a": found, "b": {}},
+        "length": {"a": {"seconds": line, "bytes": short}, "b": {}},
         "recorded": {"contenders": {"a": contestant.about, "b": {"weights_sha256": "f", "decoder": "tiny"}}},
     }
+
+    def row(name: str, counts: str, cell: str) -> dict[str, str]:
+        return {"": name, "what counts": counts, "a (random weights)": cell, "b (tiny decoder)": ""}
+
     assert profiling.table(document) == [
-        {"": "dit_fps", "a (random weights)": "20 [19, 21]", "b (tiny decoder)": ""},
-        {"": "peak_memory_MB", "a (random weights)": "2000 [2000, 2000]", "b (tiny decoder)": ""},
+        row("dit_fps", "steps + context pass, no decoding", "20 [19, 21]"),
+        row("peak_memory_MB", "most allocated, or resident on a CPU", "2000 [2000, 2000]"),
+        row("ms per 100", "more for a chunk, 100 chunks later", "+2 [-1, +5]"),
+        row("MB per 100", "more for a chunk, 100 chunks later", "-2 (3 chunks, the least is 4)"),
     ]
     assert float(contestant.backbone.denoiser.head.head.weight.std()) == pytest.approx(0.02, rel=0.1)
 

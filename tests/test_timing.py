@@ -57,7 +57,7 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
     """Frame by frame and by sorted lists; nothing of rfbench.timing but the raw rows goes in."""
     clip = (*clip[:-1], dataclasses.replace(clip[-1], cached=None))
     switched = Chunk(len(stream), 12, stream[-1].readable, stream[-1].readable + 2, stream[-1].readable + 2.25, None)
-    one = turn(stream, clip=clip, fps=fps, switched=switched, reserved_bytes=7, device_bytes=8, cold_start_s=3.5)
+    one = turn(stream, clip=clip, fps=fps, switched=switched, reserved_bytes=7, device_bytes=8, cold_start_s=3.5, warm_up_s=5.5, joules=30.0)
     counted = [chunk for chunk in stream if chunk.index not in (0, 1, 2)]
     bare = sorted(chunk.denoised - chunk.begin for chunk in counted)
     whole = [(chunk.denoised - chunk.begin) + (chunk.cached - chunk.readable) for chunk in counted]
@@ -80,6 +80,8 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
         "ttff_cached_s": stream[0].readable,
         "switch_s": 2.25,
         "cold_start_s": 3.5,
+        "warm_up_s": 5.5,
+        "joules_per_frame": 30 / (9 + 12 * len(stream)),
         "rtf": 12 * len(counted) / fps / (stream[-1].readable - stream[2].readable),
         "jitter_p50_s": smallest_that_covers(0.5),
         "jitter_p95_s": smallest_that_covers(0.95),
@@ -115,6 +117,13 @@ def test_a_stream_of_known_speed():
     assert found["slowdown"] == pytest.approx(1)
     assert [found[f"deadline_{buffer}"] for buffer in (0, 1, 2)] == [100, 100, 100]
     assert [found[f"stall_{buffer}_s"] for buffer in (0, 1, 2)] == [0, 0, 0]
+
+
+def test_where_context_passes_go_along_steps_are_told_from_a_stream_where_they_do_not():
+    found = measured(turn(steady(20, steps=0.45, context=0.0), joint=True, apart=steady(8)))
+    assert found["dit_fps"] == pytest.approx(12 / 0.45)
+    assert found["dit_fps_no_context"] == pytest.approx(12 / 0.4)
+    assert "dit_fps_no_context" not in measured(turn(steady(20), joint=True))
 
 
 def test_a_stream_that_gets_slower_says_so():
@@ -155,6 +164,16 @@ def test_a_99th_percentile_needs_662_gaps():
         many[i] = dataclasses.replace(chunk, readable=chunk.readable + shift)
     assert measured(turn(tuple(many)))["jitter_p99_s"] == pytest.approx(1.55)
     assert measured(turn(tuple(many)))["jitter_p95_s"] == pytest.approx(0.55)
+
+
+def test_rounds_that_were_written_before_there_was_more_to_write_are_read():
+    plain = dataclasses.asdict(Round(0, 0, (turn(steady(6)),)))
+    for one in plain["turns"]:
+        for name in ("joint", "warm_up_s", "apart", "joules"):
+            del one[name]
+        for chunk in (*one["clip"], *one["stream"]):
+            del chunk["held_bytes"]
+    assert timing.as_rounds([plain], "old") == [Round(0, 0, (turn(steady(6)),))]
 
 
 @given(st.integers(1, 7))
