@@ -5,25 +5,111 @@ Shapes: B batch, S query tokens, K key tokens, H heads, D head width, F frames, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rfbench.errors import UserError
+from rfbench.settings import settings
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, keys, values, mask -> [B, S, H, D]
 
 
 def attend(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None = None) -> Tensor:
     """Softmax attention of every query over every key (or those that `mask_SK` allows), in the values' dtype: [B, S, H, D]."""
     if not q_BSHD.dtype == k_BKHD.dtype == v_BKHD.dtype:
         q_BSHD, k_BKHD = q_BSHD.to(v_BKHD.dtype), k_BKHD.to(v_BKHD.dtype)
-    q, k, v = q_BSHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2)
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_SK).transpose(1, 2)
+    name = kernel(v_BKHD.device)
+    if name in LIMITED and (mask_SK is not None or not fits(q_BSHD, v_BKHD)):
+        name = "torch-sdpa"
+    return KERNELS[name](q_BSHD, k_BKHD, v_BKHD, mask_SK)
 
 
-def kernel() -> str:
-    """Name of the attention kernel in use, for the run's record."""
-    return "torch-sdpa"
+def fits(q_BSHD: Tensor, v_BKHD: Tensor) -> bool:
+    """Whether a kernel that is not torch's own choice is for such tensors: half precision, heads of 128 at most, and no gradient to be recorded."""
+    graded = torch.is_grad_enabled() and (q_BSHD.requires_grad or v_BKHD.requires_grad)
+    return v_BKHD.dtype in (torch.bfloat16, torch.float16) and v_BKHD.shape[-1] <= 128 and v_BKHD.shape[-1] % 8 == 0 and not graded
+
+
+@functools.cache
+def kernel(device: torch.device) -> str:
+    """The attention kernel of passes without gradients on a device, as rfbench.toml of this process says; for the run's record."""
+    return choose(settings().fast.attention, device)
+
+
+def choose(asked: str, device: torch.device) -> str:
+    """The kernel that is asked for; of "auto" the first that can be had here, by what the device can do and never by its name.
+
+    FlashAttention 3 and cuDNN lead on Hopper, and torch's own choice there would be FlashAttention 2. None has been measured here yet.
+
+    Raises:
+        UserError: it cannot be had on this device.
+    """
+    if asked == "auto":
+        return next(name for name in KERNELS if missing(name, device) is None)
+    if (why := missing(asked, device)) is not None:
+        raise UserError(f"[fast] attention '{asked}' {why}; leave it out of rfbench.toml, or take 'auto'")
+    return asked
+
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a kernel cannot be had on a device; None if it can."""
+    if name not in LIMITED:
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA device and this is '{device.type}'"
+    capability = torch.cuda.get_device_capability(device)
+    if name == "fa3":
+        if capability != (9, 0):
+            return f"needs compute capability 9.0 and this device has {capability[0]}.{capability[1]}"
+        return None if any(importlib.util.find_spec(module) for module in FA3) else f"needs package {' or '.join(FA3)}"
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 and this device has {capability[0]}.{capability[1]}"
+    if name == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "needs cuDNN"
+    return None if importlib.util.find_spec("flash_attn") else "needs package flash_attn"
+
+
+def _package(name: str) -> Kernel:
+    """The kernel of a package that takes and gives [B, S, H, D]; some versions give the softmax's denominators beside it."""
+
+    def run(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None) -> Tensor:
+        modules = FA3 if name == "fa3" else ("flash_attn",)
+        found = next(module for module in modules if importlib.util.find_spec(module))
+        out = importlib.import_module(found).flash_attn_func(q_BSHD, k_BKHD, v_BKHD, causal=False)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+    return run
+
+
+def _sdpa(*forced: SDPBackend) -> Kernel:
+    """Torch's attention, by its own choice or by a forced one."""
+
+    def run(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None) -> Tensor:
+        q, k, v = q_BSHD.transpose(1, 2), k_BKHD.transpose(1, 2), v_BKHD.transpose(1, 2)
+        with sdpa_kernel(list(forced)) if forced else contextlib.nullcontext():
+            return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_SK).transpose(1, 2)
+
+    return run
+
+
+FA3 = ("flash_attn_interface", "fa3_fwd_interface")  # modules of FlashAttention 3: of its authors, and of a build of its forward pass alone
+KERNELS: dict[str, Kernel] = {  # best first
+    "fa3": _package("fa3"),
+    "cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+    "fa2": _package("fa2"),
+    "torch-sdpa": _sdpa(),
+    "math": _sdpa(SDPBackend.MATH),
+}
+LIMITED = ("fa3", "cudnn", "fa2")  # in what they take, see `fits`
 
 
 @functools.lru_cache(maxsize=64)

@@ -178,7 +178,12 @@ class Native:
 
     def facts(self) -> dict[str, Any]:
         device = baselines.device()
-        return {"device": str(device), "threads": torch.get_num_threads(), "attention": attention.kernel(), "shortcuts": self._shortcuts(device)}
+        return {
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "attention": attention.kernel(device),
+            "shortcuts": self._shortcuts(device),
+        }
 
     def _shortcuts(self, device: torch.device) -> list[str]:
         return taken(settings().fast.shortcuts, device) if sampler.is_lean(self.cfg.sampler) else []

@@ -304,7 +304,9 @@ def profile(
     inputs = {"contender": ready.inputs(), "chunks": chunks, "repeats": repeats}
     with provenance.session(directory, "ladder", f"{ready.name}/{machine}", inputs, fresh=fresh) as run:
         if not run.done:
-            run.record(device=str(device), attention=attention.kernel(), software=hardware.software(device), weights_sha256=ready.weights_sha256)
+            run.record(
+                device=str(device), attention=attention.kernel(device), software=hardware.software(device), weights_sha256=ready.weights_sha256
+            )
             before, backbone = hardware.state(device), ready.open()
             others, left_out = approximations(baseline, fields, ready, backbone)
             peak, whose = hardware.peak(device, backbone.denoiser.dtype)

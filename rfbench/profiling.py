@@ -109,7 +109,7 @@ def in_turn(
         if run.done and not path.exists():
             run.reopen()
         if not run.done:
-            run.record(device=str(device), attention=attention.kernel(), software=hardware.software(device), timed_as=dict(timed_as or {}))
+            run.record(device=str(device), attention=attention.kernel(device), software=hardware.software(device), timed_as=dict(timed_as or {}))
             before = hardware.state(device)
             there = {(done.process, done.number) for done in timing.read_rounds(directory)}
             missing = {process: [n for n in range(repeats) if (process, n) not in there] for process in range(processes)}

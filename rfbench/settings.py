@@ -6,6 +6,7 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rfbench.errors import UserError
 from rfbench.strict import build
@@ -66,6 +67,7 @@ class Shortcuts:
 class FastCfg:
     """How networks run on this machine. No video depends on it but for rounding, so a run records it and is not identified by it."""
 
+    attention: Literal["auto", "fa3", "cudnn", "fa2", "torch-sdpa", "math"] = "auto"  # see `rfbench.attention.choose`
     shortcuts: Shortcuts = Shortcuts()
 
 
