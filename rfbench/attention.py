@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfbench.errors import UserError
 from rfbench.settings import settings
+from rfbench.transfer import to_device
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, keys, values, mask -> [B, S, H, D]
 
@@ -133,7 +134,7 @@ def rotations(frames: tuple[int, ...], height: int, width: int, head_dim: int, d
         columns[None, None].expand(len(frames), height, -1, -1),
     ]
     angle = torch.cat(parts, dim=-1).reshape(len(frames) * height * width, 1, head_dim // 2)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+    return to_device(torch.polar(torch.ones_like(angle), angle).to(torch.complex64), device)
 
 
 def rotate(x_BSHD: Tensor, rotation_S1D: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rfbench.attention import rotate, rotations
 from rfbench.config import CacheCfg
+from rfbench.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class CacheShape:
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _rows(slots: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
-    """The tokens of slots, one behind the other; kept, because a copy to a GPU makes the host wait."""
-    return torch.cat([torch.arange(slot * tokens, (slot + 1) * tokens) for slot in slots]).to(device)
+    """The tokens of slots, one behind the other."""
+    return to_device(torch.cat([torch.arange(slot * tokens, (slot + 1) * tokens) for slot in slots]), device)
 
 
 Gradients = Literal["detached", "in_place"]

@@ -25,6 +25,7 @@ from rfbench.rolling import RollingCache, roll
 from rfbench.rollouts import chain
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, wan_grid
 from rfbench.settings import settings
+from rfbench.transfer import to_device
 from rfbench.unipc import UniPC
 
 Noise = Callable[[int], Tensor]  # latent frames -> noise [B, F, C, H, W]; draws follow each other in the sampler's order
@@ -47,7 +48,7 @@ def clip_noise(backbone: Backbone, seeds: Sequence[int]) -> Noise:
 
     def draw(frames: int) -> Tensor:
         drawn = [torch.randn(1, frames, *size, generator=rng) for rng in generators]
-        return (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).to(parameter.device, backbone.denoiser.dtype)
+        return to_device(torch.cat(drawn) if len(drawn) > 1 else drawn[0], parameter.device).to(backbone.denoiser.dtype)
 
     return draw
 
