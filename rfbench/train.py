@@ -4,7 +4,7 @@ One loop for every method, and for one process or many (`rfbench.parallel`). All
 every process and whose state is in every checkpoint beside the weights and the optimisers, so a run that was killed and started again ends
 with the same bytes as one that was not.
 
-    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100/, samples/step_000100/0.mp4, weights.safetensors, baseline.yaml}
+    runs/train/<name>/{run.json, log.jsonl, checkpoints/step_000100/, samples/step_000100/0.mp4} and what `rfbench.outcome` writes
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, logbook, pairs, parallel, provenance, records, resume, strict
+from rfbench import config, logbook, outcome, pairs, parallel, provenance, records, resume, strict
 from rfbench.backbones.base import Backbone, accepts, load, open_backbone, pixel_frames
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
@@ -34,12 +34,11 @@ from rfbench.phases import phase
 from rfbench.progress import Progress, say
 from rfbench.recipes import check, forced, inputs_of, locate, memory
 from rfbench.registry import pick
-from rfbench.reward import JUDGED
 from rfbench.sampler import generate
 from rfbench.settings import settings
 from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
-from rfbench.weights import Ema, save
+from rfbench.weights import Ema
 
 BESIDE = "activations, autoencoder, text encoder and reward come on top"
 EXPLODED = 1e4  # times the norm that gradients are clipped to: nothing is learned from such a step, and the weights may be lost
@@ -93,19 +92,22 @@ def train(
 
 def _train(cfg: Recipe, name: str, directory: Path, sources: dict[str, Path], ranks: Ranks, *, fresh: bool, tracker: str | None) -> None:
     """Train inside a session of the run's directory, which the first process holds for all."""
+    inputs = inputs_of(cfg, sources) if ranks.first else {}
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(provenance.session(directory, "train", name, inputs_of(cfg, sources), fresh=fresh)) if ranks.first else None
+        run = stack.enter_context(provenance.session(directory, "train", name, inputs, fresh=fresh)) if ranks.first else None
         if run is not None:
-            if run.done and not all((directory / file).exists() for file in ("weights.safetensors", "baseline.yaml")):
+            if run.done and not all((directory / file).exists() for file in outcome.files(cfg)):
                 run.reopen()
             if not run.done:
                 shared = 1 if ranks.mesh is None else ranks.mesh.size(1)
                 run.record(device=str(device()), threads=torch.get_num_threads(), processes=ranks.size, shared_by=shared, offload=ranks.offload)
         stack.enter_context(ranks.failing_together())  # so that the session's end has the reason
-        known = ranks.told(None if run is None or run.done else (run.run.recorded, run.run.fingerprint))
+        known = ranks.told(None if run is None or run.done else (run.run.recorded.get("code"), run.run.fingerprint))
         if known is not None:
-            recorded, fingerprint = known
-            result = Trainer(cfg, directory, sources, ranks).run(recorded, fingerprint, name, tracker=tracker)
+            code, fingerprint = known
+            hashes = {key: value for key, value in inputs.items() if key != "recipe"}
+            about = {"run": name, "fingerprint": fingerprint, "seed": cfg.seed, "code": code, **hashes}
+            result = Trainer(cfg, directory, sources, ranks).run(about, tracker=tracker)
             if run is not None:
                 run.result.update(result)
 
@@ -213,14 +215,15 @@ class Trainer:
         with Progress("rendering clips", cfg.data.clips):
             return draw_clips(self.student.encode_pixels, seed=cfg.data.seed, count=cfg.data.clips, frames=pixel_frames(cfg.latents))
 
-    def run(self, recorded: dict[str, Any], fingerprint: str, name: str, *, tracker: str | None = None) -> dict[str, Any]:
-        """Train to the end; write checkpoints, the log, the weights and the baseline. Returns headline numbers."""
+    def run(self, about: Mapping[str, Any], *, tracker: str | None = None) -> dict[str, Any]:
+        """Train to the end; write checkpoints, the log, and what comes out, with what it is `about`. Returns headline numbers."""
+        name = str(about["run"])
         self._resume()
         with contextlib.ExitStack() as stack:
             log = progress = None
             if self.ranks.first:
-                about = {"recipe": self.cfg.title, "method": self.cfg.method, "seed": self.cfg.seed, "fingerprint": fingerprint}
-                log = stack.enter_context(logbook.writing(self.directory, name, self.step, tracker=tracker, about=about))
+                told = {"recipe": self.cfg.title, "method": self.cfg.method, "seed": self.cfg.seed, "fingerprint": about["fingerprint"]}
+                log = stack.enter_context(logbook.writing(self.directory, name, self.step, tracker=tracker, about=told))
                 progress = stack.enter_context(Progress(name, self.cfg.steps, done=self.step))
             rows: list[Row] = []
             while self.step < self.cfg.steps:
@@ -235,7 +238,7 @@ class Trainer:
                     self._sample(self.cfg.samples)
                 if self.step % self.cfg.checkpoint_every == 0 and self.step < self.cfg.steps:
                     self._checkpoint()
-        self._finish(recorded, fingerprint, name)
+        self._finish(about)
         return {"steps": self.step, "updates": {role: updater.steps for role, updater in self.updaters.items()}}
 
     def _own(self, seeds: list[int], parts: int) -> Sequence[Batch]:
@@ -374,26 +377,25 @@ class Trainer:
                         write(clip)
             self.ranks.wait()
 
-    def _finish(self, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
-        """Write the weights (the average, where there is one) and the baseline that names them.
+    def _finish(self, about: Mapping[str, Any]) -> None:
+        """Write what comes out. Tensors are named as in the checkpoints that the backbone reads: what it has beside those is not trained."""
+        own = self._exact()
+        with self._averaged():
+            average = None if self.ema is None else self._exact()
+        if self.ranks.first:
+            outcome.write(self.directory, self.cfg, own, average, about)
+        self.ranks.wait()
 
-        Tensors are named as in the checkpoints that the backbone reads: what it has beside those is not trained and not written.
-        """
+    def _exact(self) -> dict[str, Tensor]:
+        """The student's tensors as they are now, in float32 where there are copies; in the first process alone."""
         model = self.student.denoiser if self.student.parts() else self.student
         assert isinstance(model, nn.Module)
-        weights = self.directory / "weights.safetensors"
-        about = {"recipe": self.cfg.title, "fingerprint": fingerprint, "seed": str(self.cfg.seed)}
-        with self._averaged():
-            exact = {}
-            for key, tensor in self.generator.exact(model.state_dict(keep_vars=True)).items():
-                together = full(tensor)  # by all processes, one tensor after the other
-                if self.ranks.first:
-                    exact[key] = together.cpu()
+        found = {}
+        for name, tensor in self.generator.exact(model.state_dict(keep_vars=True)).items():
+            together = full(tensor)  # by all processes, one tensor after the other
             if self.ranks.first:
-                save(weights, exact, about)
-        if self.ranks.first:
-            write_baseline(self.directory / "baseline.yaml", self.cfg, weights, recorded, fingerprint, name)
-        self.ranks.wait()
+                found[name] = together.to("cpu", copy=True)
+        return found
 
 
 def _draw(rng: torch.Generator, clips: int) -> list[int]:
@@ -404,22 +406,3 @@ def _draw(rng: torch.Generator, clips: int) -> list[int]:
 def _json(value: float) -> float | str:
     """JSON has no word for what is not finite."""
     return value if math.isfinite(value) else str(value)
-
-
-def write_baseline(path: Path, cfg: Recipe, weights: Path, recorded: dict[str, Any], fingerprint: str, name: str) -> None:
-    """The baseline of a training run's result: the noun that `generate` and `profile` take."""
-    import yaml
-
-    trained = config.Baseline(
-        title=cfg.title,
-        backbone=cfg.backbone,
-        weights=WeightsCfg(file=weights.name, sha256=records.sha256_of(weights)),
-        sampler=cfg.sampler,
-        precision=None if cfg.precision is None else cfg.precision.student,
-        license=config.License(code="apache-2.0", weights="apache-2.0"),
-        max_latents=cfg.max_latents,
-        saw=(f"reward.{cfg.reward.name}", *JUDGED.get(cfg.reward.name, ())) if cfg.reward else (),
-        trained_by={"run": name, "fingerprint": fingerprint, "seed": cfg.seed, "code": recorded.get("code")},
-    )
-    plain = {key: value for key, value in strict.as_plain(trained).items() if value not in (None, [], {})}
-    records.write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))

@@ -347,7 +347,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write a model's tensors as safetensors with a few words about their origin; complete or not at all.
 
     The words are one entry of the header: the format writes several in an order that changes from process to process.

@@ -37,7 +37,7 @@ LAYERS = [
         "vbench_worker",
         "external",
     },
-    {"methods", "scorers", "timing", "length", "recipes", "updates", "resume"},
+    {"methods", "scorers", "timing", "length", "recipes", "updates", "resume", "outcome"},
     {"pairs", "stopwatch", "ladder", "logbook"},
     {
         "fetch",

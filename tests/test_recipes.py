@@ -25,7 +25,7 @@ from rfbench.reward import reward_of
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
 from tests.test_methods import BATCH, DMD, REDMD, SCORES, gradients
-from tests.test_train import OPTIM, recipe, tiny, write  # noqa: F401
+from tests.test_train import ABOUT, OPTIM, recipe, tiny, write  # noqa: F401
 from tests.tiny import Tiny, distance
 
 SINK = CacheCfg("ema_sink", 6, 3, 0.5, "float32")
@@ -152,14 +152,15 @@ def test_weights_in_bfloat16_have_float32_copies() -> None:
     assert updater.masters[0].item() == pytest.approx(0.99, abs=1e-5) and module.weight.item() == torch.tensor(0.99).bfloat16().item()
     other = Updater(nn.Linear(1, 1, bias=False).to(torch.bfloat16), updater.cfg)
     saved, filled = updater.tensors(), other.tensors(primed=True)
-    assert set(saved["optimiser"]["weight"]) == set(filled["optimiser"]["weight"]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(saved["optimiser"]["weight"]) == set(filled["optimiser"]["weight"]) == {"exp_avg", "exp_avg_sq"}
     assert set(saved["weights"]) == {"weight"}
     with torch.no_grad():
         for place, value in ((filled, saved), (filled["optimiser"], saved["optimiser"])):
             tensors = value["weights"] if "weights" in value else value["weight"]
             for name, tensor in tensors.items():
                 (place["weights"] if "weights" in place else place["weight"])[name].copy_(tensor)
-    other.round()
+    other.go_on(updater.steps)
+    assert [held["step"].item() for held in other.optimisers[0].state.values()] == [updater.steps] == [other.steps]
     assert torch.equal(other.masters[0], updater.masters[0]) and torch.equal(other.weights[0], module.weight)
     (exact,) = updater.exact(module.state_dict(keep_vars=True)).values()
     assert exact.dtype == torch.float32 and torch.equal(exact, updater.masters[0])
@@ -196,7 +197,7 @@ def pulled(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Pul
     scores = {"teacher": {"file": "teacher.safetensors"}, "guidance": 2.0, "generator_every": 5, "critic_optim": optim, "score_shift": 8.0}
     cfg = recipe(folder, "dmd", optim=optim, scores=scores, log_every=1000, checkpoint_every=1000, stepping="as_released", **changes)
     trainer = Trainer(cfg, folder / "run", {"student": folder / "student.safetensors", "teacher": folder / "teacher.safetensors"})
-    found = trainer.run({}, "fingerprint", "name")
+    found = trainer.run(ABOUT)
     assert isinstance(trainer.method, Pulls)
     trainer.method.updates = found["updates"]  # type: ignore[attr-defined]
     return trainer.method

@@ -46,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 RECIPES["redmd"] = RECIPES["dmd"] | {"reward": {"name": "toy_motion", "beta": 0.5}}
 FORCED = {"student": "diffusion_forced"}
+ABOUT = {"run": "name", "fingerprint": "fingerprint", "seed": 0, "code": None}
 EMA = {"ema": {"decay": 0.5, "start": 2}}
 
 
@@ -337,7 +338,7 @@ def test_micro_batches_add_up_to_one_step_of_the_whole_batch(accumulate: int, tm
     optim = {"lr": 0.1, "betas": [0.0, 0.0], "clip": 0.5, "weight_decay": 0.5}
     cfg = recipe(tmp_path, "flow", steps=3, batch=4, accumulate=accumulate, optim=optim, log_every=1, checkpoint_every=1)
     trainer = Trainer(cfg, tmp_path / "run", {})
-    assert trainer.run({}, "fingerprint", "name") == {"steps": 3, "updates": {"generator": 3}}
+    assert trainer.run(ABOUT) == {"steps": 3, "updates": {"generator": 3}}
     method = trainer.method
     assert isinstance(method, Quadratic)
     assert [len(batch.seeds) for batch in method.batches] == [4 // accumulate] * 3 * accumulate
@@ -361,7 +362,7 @@ def test_the_seed_and_nothing_else_decides_the_batches(tmp_path: Path, monkeypat
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
         trainer = Trainer(recipe(tmp_path, "flow", seed=seed), tmp_path / f"run{number}", {})
-        trainer.run({}, "fingerprint", "name")
+        trainer.run(ABOUT)
         assert isinstance(trainer.method, Quadratic)
         seen.append(trainer.method.batches)
     assert seen[0] == seen[1] != seen[2]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from rfbench import generate as verb
 from rfbench.backbones.base import open_backbone
 from rfbench.backbones.wan import backbone as wan
 from rfbench.backbones.wan.text import key_map
-from rfbench.config import Baseline
+from rfbench.config import Baseline, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.records import read_run
 from rfbench.train import train
+from rfbench.weights import read_tensors
 from tests.test_train import Interrupted, interrupt
 from tests.test_wan import tokenizer
 
@@ -117,6 +119,19 @@ def test_a_student_is_trained_resumed_and_makes_videos(method: str, home: Path, 
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     moved = [name for name, tensor in after.items() if not torch.equal(tensor, before[f"model.{name}"].bfloat16().float())]
     assert len(moved) == len(after)
+    published = {key: read_tensors(straight / "model.pt", WeightsCfg("model.pt", key=key, strip="model.")) for key in ("generator", "generator_ema")}
+    assert all(found.keys() == after.keys() for found in published.values())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in published["generator_ema"].items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in published["generator"].items())
+    (straight / "model.pt").unlink()
+    train(path, name="straight")
+    whole = torch.load(straight / "model.pt")
+    assert all(torch.equal(tensor, published[key][name.removeprefix("model.")]) for key, model in whole.items() for name, tensor in model.items())
+    with safe_open(straight / "weights.safetensors", "pt") as opened:
+        header = json.loads(opened.metadata()["about"])
+    assert header["recipe"] == run.inputs["recipe"] and header["files"] == run.inputs["files"] and header["weights"] == run.inputs["weights"]
+    assert header["code"] == run.recorded["code"] and header["fingerprint"] == run.fingerprint
+
     made = config.load(Baseline, str(straight / "baseline.yaml"))
     assert made.precision == "bfloat16" and made.weights.sha256 is not None
     assert read_run(verb.generate(str(straight / "baseline.yaml"), "smoke", limit=1)).status == "done"
