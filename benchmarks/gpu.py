@@ -1,8 +1,8 @@
 """Everything that wants a GPU, in one call of a few minutes: `python -m benchmarks.gpu`, or `--small` on any machine to see that this script works.
 
-It checks every kernel against float32, recorded passes against plain ones, and climbs the ladder of a Wan2.1 student with random
-weights, whose rungs carry the exactness gate: chunk 0, chunk 3, and the last chunk of a long clip whose others are given. Then it
-writes one record, JSON with whatever was found, also when something failed. It has not run on a GPU yet.
+It checks every kernel against float32, attention by everything that is there, copies, and recorded passes against plain ones, and climbs
+the ladder of a Wan2.1 student with random weights, whose rungs carry the exactness gate: chunk 0, chunk 3, and the last chunk of a long
+clip whose others are given. Then it writes one record, JSON with whatever was found, also when something failed. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def tried(parts: dict[str, Any], name: str, part: Callable[[], Any]) -> bool:
 
 
 def kernels(arguments: argparse.Namespace) -> str:
-    """The tests of kernels and recorded passes, on this device and not in Triton's interpreter where it is a GPU."""
-    asked = ["tests/test_kernels.py"] if arguments.small else ["tests/test_kernels.py", "tests/test_lean.py"]
+    """The tests of kernels, attention, copies and recorded passes, on this device and not in Triton's interpreter where it is a GPU."""
+    asked = ["tests/test_kernels.py", "tests/test_attention.py", "tests/test_transfer.py"] + ([] if arguments.small else ["tests/test_lean.py"])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *asked], capture_output=True, text=True, timeout=180, cwd=Path(__file__).resolve().parent.parent
     )

@@ -30,6 +30,7 @@ from rfbench.progress import Progress, say
 from rfbench.records import RANDOM, Clip
 from rfbench.settings import settings
 from rfbench.suites import Prompt, Suite, clip_id, clip_seed
+from rfbench.transfer import to_host
 
 TOKENS = 600  # of a pass, all its clips together: 16 clips of a toy chunk take a third of the time of 16 single ones, and more gain nothing
 
@@ -360,7 +361,9 @@ def _film(
     switches: Sequence[tuple[int, Sequence[str]]] = (),
     given_BTCHW: Tensor | None = None,
 ) -> None:
-    """Stream a batch of clips into its video files; no more than a chunk of pixels is held.
+    """Stream a batch of clips into its video files; no more than two chunks of pixels are held.
+
+    The frames of a chunk are written while the device makes the next one.
 
     Raises:
         UserError: the model's output is not finite, or the disk is full (code 1).
@@ -368,11 +371,20 @@ def _film(
     shape = backbone.shape
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(video.writing(path, fps=fps, height=shape.pixel_height, width=shape.pixel_width)) for path in paths]
-        left = frames
-        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, given_BTCHW=given_BTCHW, switches=switches, lean=lean):
-            if not torch.isfinite(pixels).all():
+        left, coming = frames, list[tuple[Callable[[], Tensor], Callable[[], Tensor]]]()
+
+        def write_oldest() -> None:
+            shown, finite = (there() for there in coming.pop(0))
+            if not finite:
                 raise UserError(f"{paths[0].name}: what the model made is not finite; its weights are not fit for use", code=1)
-            shown = video.as_uint8(pixels[:, :left]).cpu().numpy()  # the last chunk may make more frames than were asked for
-            for write, clip in zip(writers, shown, strict=True):
+            for write, clip in zip(writers, shown.numpy(), strict=True):
                 write(clip)
+
+        for pixels in sampler.generate(backbone, prompts, latents, cfg, seeds, given_BTCHW=given_BTCHW, switches=switches, lean=lean):
+            shown = video.as_uint8(pixels[:, :left])  # the last chunk may make more frames than were asked for
+            coming.append((to_host(shown), to_host(torch.isfinite(pixels).all())))
             left -= shown.shape[1]
+            if len(coming) > 1:
+                write_oldest()
+        while coming:
+            write_oldest()

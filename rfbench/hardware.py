@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -116,3 +118,10 @@ def _cpu() -> dict[str, Any]:
     except OSError:  # not Linux
         clocks = []
     return found | {"mhz": round(sum(clocks) / len(clocks)) if clocks else None}
+
+
+@functools.cache
+def kernels(device: torch.device) -> Any:
+    """`rfbench.kernels`, where rfbench.toml of this process asks for them and the device is a GPU; else None. They have not run on a GPU yet."""
+    asked = device.type == "cuda" and settings().fast.shortcuts.kernels
+    return importlib.import_module("rfbench.kernels") if asked else None

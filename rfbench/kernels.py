@@ -135,19 +135,21 @@ def _launch(x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor, shi
 
 
 @triton.jit
-def _norm_silu(x, gain, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < WIDTH
     value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
     value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps) * tl.load(gain + at, there, 0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + at, value * tl.sigmoid(value), there)
+    tl.store(out + (row // rows) * stride + (row % rows) * WIDTH + at, value * tl.sigmoid(value), there)
 
 
-def norm_silu(x: Tensor, gain_C: Tensor, eps: float) -> Tensor:
-    """SiLU of the RMS norm over the last axis, which is contiguous: the autoencoder's, one pixel a row."""
-    out, width = torch.empty_like(x), x.shape[-1]
-    _norm_silu[(x.numel() // width,)](x, gain_C, out, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width))
+def norm_silu(x_BTHWC: Tensor, gain_C: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """SiLU of the RMS norm over the last axis: the autoencoder's, one pixel a row. `x_BTHWC` is contiguous, and every clip of `out` is."""
+    out, width = torch.empty_like(x_BTHWC) if out is None else out, x_BTHWC.shape[-1]
+    rows = x_BTHWC[0].numel() // width
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
+    _norm_silu[(len(x_BTHWC) * rows,)](x_BTHWC, gain_C, out, rows, out.stride(0), eps, **sizes)
     return out
 
 

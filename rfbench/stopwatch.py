@@ -32,6 +32,7 @@ from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.suites import load_suite
 from rfbench.timing import APART, CLIP, Chunk, Turn
+from rfbench.transfer import side, to_host
 
 WARM_UPS = 2  # clips
 
@@ -221,12 +222,13 @@ class Clock:
         """The present."""
         return time.perf_counter() - self.start
 
-    def queue(self) -> Callable[[], float]:
-        """When the device has done all that it was given so far; to be asked for when everything is over."""
+    def queue(self, *, beside: torch.device | None = None) -> Callable[[], float]:
+        """When the device has done all that it was given so far, or all copies from that device to the host; to be
+        asked for when everything is over."""
         if self.zero is None:
             now = self.host()
             return lambda: now
-        zero, event = self.zero, self._event()
+        zero, event = self.zero, self._event(None if beside is None else side(beside))
 
         def seconds() -> float:
             event.synchronize()
@@ -235,9 +237,9 @@ class Clock:
         return seconds
 
     @staticmethod
-    def _event() -> torch.cuda.Event:
+    def _event(stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(stream)
         return event
 
 
@@ -283,7 +285,8 @@ def _timed(
 ) -> tuple[Chunk, ...]:
     """Stamps of a stream, or of its first `frames` frames."""
     stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
-    readable: list[tuple[float, int, int | None]] = []
+    readable: list[tuple[Callable[[], float], int, int | None]] = []
+    coming: list[Callable[[], Tensor]] = []
     decode = backbone.decoder()
 
     def mark(event: str) -> None:
@@ -292,13 +295,16 @@ def _timed(
     noise = sampler.clip_noise(backbone, [seed])
     for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark, lean=lean):
         pixels = decode(chunk.latent_BFCHW)
-        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made, _ in readable)]).cpu().shape[1]
-        readable.append((clock.host(), shown, held()))
+        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made, _ in readable)])
+        coming.append(to_host(shown))
+        readable.append((clock.queue(beside=shown.device), shown.shape[1], held()))
+        if len(coming) > 1:
+            coming.pop(0)()  # as `generate` takes them: those of one chunk while the next one is made
     return tuple(_rows(stamps, readable))
 
 
-def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[float, int, int | None]]) -> Iterable[Chunk]:
+def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[Callable[[], float], int, int | None]]) -> Iterable[Chunk]:
     for index, (seen, frames, kept) in enumerate(readable):
         begin, denoised = (round(stamps[event][index](), 7) for event in ("begin", "denoised"))
         cached = round(stamps["cached"][index](), 7) if index < len(stamps["cached"]) else None
-        yield Chunk(index, frames, begin, denoised, round(seen, 7), cached, kept)
+        yield Chunk(index, frames, begin, denoised, round(seen(), 7), cached, kept)

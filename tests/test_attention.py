@@ -160,6 +160,18 @@ def test_kernels_that_run_anywhere_agree(name: str, monkeypatch: pytest.MonkeyPa
     assert distance(attend(q, k, v), torch.einsum("bhsk,bkhd->bshd", weights, v.double())) < 1e-6
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", attention.KERNELS)
+def test_every_kernel_of_this_gpu_agrees_with_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the sizes of a chunk of Wan2.1: 3 latent frames that look at 9."""
+    device = torch.device("cuda", 0)
+    if (why := attention.missing(name, device)) is not None:
+        pytest.skip(why)
+    q, k, v = (normal(1, size, 12, 128, seed=size).to(device, torch.bfloat16) for size in (4680, 14040, 14040))
+    monkeypatch.setattr(attention, "kernel", lambda device: name)
+    assert distance(attend(q, k, v).float(), attention.KERNELS["torch-sdpa"](q.float(), k.float(), v.float(), None)) < 1e-2
+
+
 def test_every_name_of_the_setting_is_a_kernel() -> None:
     (choices,) = (typing.get_args(hint) for name, hint in typing.get_type_hints(FastCfg).items() if name == "attention")
     assert set(choices) == {"auto", *attention.KERNELS}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from rfbench import video
+from rfbench import hardware, video
 from rfbench.attention import rotate, rotations
+from rfbench.backbones.wan import vae
 from tests.tiny import distance, normal
 
 kernels = pytest.importorskip("rfbench.kernels", reason="there is no triton; pip install triton", exc_type=ImportError)
@@ -72,6 +75,50 @@ def test_the_autoencoders_norm_and_silu_are_one(dtype: torch.dtype, within: floa
     x, gain = drawn(2, 3, 5, 12, seed=0, dtype=dtype), drawn(12, seed=1, dtype=dtype)
     wanted = functional.silu(functional.rms_norm(x.double(), (12,), gain.double(), 1e-24))
     assert distance(kernels.norm_silu(x, gain, 1e-24), wanted) < within
+    behind = torch.zeros(2, 5, 5, 12, dtype=dtype, device=DEVICE)
+    kernels.norm_silu(x, gain, 1e-24, out=behind[:, 2:])
+    assert distance(behind[:, 2:], wanted) < within and not behind[:, :2].any()
+
+
+def test_an_autoencoder_by_kernels_makes_the_same_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clips in two chunks, as bytes too; every norm in front of a convolution is the kernel's."""
+    rng = torch.Generator().manual_seed(0)
+    model = vae.WanVAE(vae.VAECfg(dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,)))
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+    model.requires_grad_(False).to(DEVICE)
+    latents = drawn(2, 2, 16, 1, 1, seed=3).split(1, 1)
+
+    def frames() -> list[Tensor]:
+        decode = vae.WanDecoder(model)
+        return [decode(part) for part in latents]
+
+    monkeypatch.setattr(vae, "kernels", lambda device: None)
+    wanted, plain = frames(), video.as_uint8
+    pairs = [(part, plain(part)) for part in wanted]
+    called = list[Tensor]()
+    norm_silu = kernels.norm_silu
+
+    def counted(x: Tensor, *given: Any, **options: Any) -> Any:
+        called.append(x)
+        return norm_silu(x, *given, **options)
+
+    monkeypatch.setattr(kernels, "norm_silu", counted)
+    for module in (vae, video):
+        monkeypatch.setattr(module, "kernels", lambda device: kernels)
+    assert all(distance(ours, theirs) < 1e-5 for ours, theirs in zip(frames(), wanted, strict=True))
+    assert len(called) == 2 * (2 * len([block for block in model.decoder.modules() if isinstance(block, vae.ResidualBlock)]) + 1)
+    assert all(torch.equal(video.as_uint8(pixels), shown) for pixels, shown in pairs)
+
+
+def test_kernels_are_for_gpus_and_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
+    for asked in (True, False):
+        hardware.kernels.cache_clear()
+        (tmp_path / "rfbench.toml").write_text(f"[fast.shortcuts]\nkernels = {str(asked).lower()}\n")
+        assert hardware.kernels(torch.device("cuda", 0)) is (kernels if asked else None)
+        assert hardware.kernels(torch.device("cpu")) is None
+    hardware.kernels.cache_clear()
 
 
 def test_bytes_are_those_of_the_plain_conversion() -> None:

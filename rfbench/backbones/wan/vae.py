@@ -25,6 +25,7 @@ from torch.nn import functional
 from rfbench.attention import attend
 from rfbench.backbones.base import TEMPORAL
 from rfbench.errors import UserError
+from rfbench.hardware import kernels
 from rfbench.weights import load_into
 
 Past = dict[nn.Module, Tensor]  # state of a stream: by layer, the last input frames [B, K, H, W, C] that its next output needs
@@ -89,10 +90,10 @@ class Norm(nn.Module):
     def __init__(self, dim: int, axes: int = 3) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+        self.eps = 1e-24 / dim  # the original bounds the root of the sum by 1e-12
 
     def forward(self, x_BTHWC: Tensor) -> Tensor:
-        width = len(self.gamma)
-        return functional.rms_norm(x_BTHWC, (width,), self.gamma.flatten(), eps=1e-24 / width)  # the original bounds the root of the sum by 1e-12
+        return functional.rms_norm(x_BTHWC, (len(self.gamma),), self.gamma.flatten(), eps=self.eps)
 
 
 def causal_conv(inner: int, outer: int, kernel: tuple[int, int, int], stride: int = 1) -> nn.Conv3d:
@@ -111,6 +112,8 @@ def causal(conv: nn.Conv3d, x_BTHWC: Tensor, past: Past, norm: Norm | None = Non
     whole[:, :keep] = past.get(conv, 0)
     if norm is None:
         whole[:, keep:] = x_BTHWC
+    elif (triton := kernels(x_BTHWC.device)) is not None:
+        triton.norm_silu(x_BTHWC.contiguous(), norm.gamma.flatten(), norm.eps, out=whole[:, keep:])
     else:
         torch.ops.aten.silu.out(norm(x_BTHWC), out=whole[:, keep:])
     past[conv] = whole[:, frames:].clone()
