@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def generate(
 ) -> Path:
     """Make the clips of a suite that are not there yet; with `shard` "I/N" only every N-th from the I-th on.
 
-    With engine "ray" the `workers` of a cluster make them, batch by batch (`rfbench.fleet`); the clips are the same.
+    A process that torchrun or `accelerate launch` started among others makes the shard of its rank. With engine "ray" the `workers` of a cluster make them, batch by batch (`rfbench.fleet`); the clips are the same.
 
     `random_weights` shows that everything runs without any file: by a network with random weights, small where the backbone has
     a small size. Its run is called `<name>-random`.
@@ -65,6 +66,7 @@ def generate(
         UserError: the baseline, the suite or one of its prompts cannot be used; the directory holds another run; the disk
             is full (code 1).
     """
+    shard = _rank(shard)
     maker = _maker(baseline, overrides, name, random_weights, engine, workers)
     asked = suites.load_suite(suite, limit)
     frames = maker.frames(asked)
@@ -100,6 +102,22 @@ def generate(
             run.result |= maker.result(directory, writer or "alone", len(mine)) | {"clips": len(made)}
             run.complete = len(made) == len(items)
     return directory
+
+
+def _rank(shard: str | None) -> str | None:
+    """The shard of this process: the given one, or that of its rank among those that were launched together, each with a GPU of its own.
+
+    Raises:
+        UserError: both.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return shard
+    if shard is not None:
+        raise UserError(f"--shard {shard}: this is one of {ranks} processes that were launched together, whose ranks are their shards; leave it out")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"{int(os.environ['RANK']) + 1}/{ranks}"
 
 
 class Maker(Protocol):

@@ -122,7 +122,7 @@ def settings() -> Settings:
     """The settings of this machine; relative paths start at rfbench.toml, or at the current directory if there is none.
 
     Raises:
-        UserError: not TOML, an unknown key or a wrong type.
+        UserError: not TOML, an unknown key, a wrong type, or a place that is no file system.
     """
     path = settings_file()
     found = SettingsFile()
@@ -133,5 +133,10 @@ def settings() -> Settings:
             raise UserError(f"{path}: not valid TOML ({error})") from None
     home = path.parent if path else Path.cwd()
     paths = found.paths
+    for name, folder in vars(paths).items():
+        if "://" in folder:  # runs live by locks and renames, which object stores do not have
+            raise UserError(
+                f"{path}: '{name}' is {folder}, and an object store cannot hold it; name a disk that all machines share, and copy from there"
+            )
     runs, weights, reports, envs = (home / Path(folder).expanduser() for folder in (paths.runs, paths.weights, paths.reports, paths.envs))
     return Settings(runs, weights, reports, envs, found.judge, found.fast, found.hardware)

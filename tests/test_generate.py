@@ -241,6 +241,20 @@ def test_a_dry_run_makes_nothing(student, suite, folders, capsys):
     assert not (folders / "runs").exists()
 
 
+def test_ranks_that_were_launched_together_are_shards(student, suite, monkeypatch):
+    alone = generate.generate(student, suite, name="alone")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("2", "0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        directory = generate.generate(student, suite, name="launched")
+    assert {path.name for path in records.clip_files(directory)} == {f"clips.{rank}of3.jsonl" for rank in (1, 2, 3)}
+    assert records.read_run(directory).status == "done" and videos_of(directory) == videos_of(alone)
+    assert records.read_clips(directory) == records.read_clips(alone)
+    with pytest.raises(UserError, match="--shard 1/2: this is one of 3 processes"):
+        generate.generate(student, suite, name="launched", shard="1/2")
+
+
 def test_a_trained_baseline_is_called_after_its_training(tmp_path):
     path = Path(models.write(tmp_path, "baseline", trained_by={"run": "study/student-s0", "code": {"commit": "abc"}}))
     ready = baselines.prepare(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
 from rfbench.recipes import files, inputs_of, memory
 from rfbench.reward import reward_of
+from rfbench.settings import HOME
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
 from tests.test_methods import BATCH, DMD, REDMD, SCORES, gradients
@@ -292,3 +294,15 @@ def test_the_release_differs_from_the_paper_where_it_says_so() -> None:
     assert paper.reward.input is None and code.reward.input == "as_released" and paper.reward.beta == code.reward.beta == 0.5  # D-5 to D-8
     same = ("optim", "ema", "init", "data", "latents", "backbone")
     assert all(getattr(paper, field) == getattr(code, field) for field in same)
+
+
+def test_a_job_of_an_array_makes_its_shard(tmp_path: Path) -> None:
+    """The batch file with a stand-in for rfbench: every job of the array asks for another shard, and all for the same thing."""
+    (tmp_path / "rfbench").write_text('#!/bin/bash\nprintf "%s " "$@"\n')
+    (tmp_path / "rfbench").chmod(0o755)
+    asked = []
+    for job in range(3):
+        variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(job), "SLURM_ARRAY_TASK_COUNT": "3"}
+        command = ["bash", str(HOME / "recipes" / "slurm-array.sbatch"), "self-forcing", "--suite", "smoke"]
+        asked.append(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip())
+    assert asked == [f"generate self-forcing --suite smoke --shard {number}/3" for number in (1, 2, 3)]
