@@ -54,7 +54,8 @@ def generate(
 ) -> Path:
     """Make the clips of a suite that are not there yet; with `shard` "I/N" only every N-th from the I-th on.
 
-    A process that torchrun or `accelerate launch` started among others makes the shard of its rank. With engine "ray" the `workers` of a cluster make them, batch by batch (`rfbench.fleet`); the clips are the same.
+    A process that torchrun or `accelerate launch` started among others makes the shard of its rank. With engine "ray" the `workers` of
+    a cluster make them, batch by batch (`rfbench.fleet`). The clips are the same.
 
     `random_weights` shows that everything runs without any file: by a network with random weights, small where the backbone has
     a small size. Its run is called `<name>-random`.
