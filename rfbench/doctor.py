@@ -35,7 +35,7 @@ class Check:
 def examine() -> list[Check]:
     """Every check, in the order in which things are needed; none of them raises."""
     checks: list[Check] = []
-    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _baselines, _environments, _extras):
+    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _vbench, _baselines, _environments, _extras):
         try:
             checks += look()
         except UserError as error:
@@ -141,6 +141,21 @@ def _scorers() -> Iterator[Check]:
         return f"{len(scorer.metrics)} metrics, version {scorer.version}"  # the version of a network is that of its weights
 
     yield from _each("scorer", list(SCORERS), found)
+
+
+def _vbench() -> Iterator[Check]:
+    """Its dimensions one by one, where its environment is there; the scorer's own line says what is wrong with that."""
+    from rfbench.scorers.vbench import SCORER
+
+    try:
+        ready = SCORER.ready()
+    except UserError:
+        return
+    for one in ready:
+        if one["version"]:
+            yield Check(f"vbench {one['dimension']}", "ok", f"version {one['version']}")
+        else:
+            yield Check(f"vbench {one['dimension']}", "missing", one["problem"], one["fix"])
 
 
 def _baselines() -> Iterator[Check]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rfbench import config, envs, records, strict, suites
+from rfbench import config, doctor, envs, records, strict, suites
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.evaluate import evaluate
@@ -215,6 +215,15 @@ def test_a_dimension_that_cannot_run_is_named_with_its_fix(tmp_path, monkeypatch
         evaluate(run, ["vbench-quality"], partial=True)
     summary = note(run, "vbench-quality")["summary"]
     assert len(summary["dimensions"]) == 7 and summary["totals"] is None and "9 of its 16 dimensions are missing" in summary["why"]
+
+
+def test_the_doctor_tells_dimension_by_dimension_what_mends_it(monkeypatch):
+    monkeypatch.setenv("FAKE_LACKS", "color")
+    told = {check.name: check for check in doctor._vbench()}
+    assert set(told) == {f"vbench {name}" for name in (*T2V.dimensions, "static")}
+    assert [(name, check.found, check.fix) for name, check in told.items() if check.state != "ok"] == [
+        ("vbench color", "not on this machine: it.pth", "curl it.pth")
+    ]
 
 
 def test_prompts_of_ones_own_have_the_dimensions_that_need_no_more_and_no_total(tmp_path):

@@ -122,8 +122,16 @@ class VBench:
         """The version of each dimension, which ends with the hashes of its files."""
         return self._versions()
 
+    def ready(self) -> list[Line]:
+        """What each dimension is here: its version, or what it lacks and the command that mends it.
+
+        Raises:
+            UserError: the environment is not built or does not work.
+        """
+        return _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random)
+
     def _versions(self) -> dict[str, str]:
-        found = _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random)
+        found = self.ready()
         ready = {one["dimension"]: one["version"] for one in found if one["version"]}
         if not ready:
             raise UserError(f"none of VBench's dimensions can run here: {found[0]['dimension']}: {found[0]['problem']}; {found[0]['fix']}")
@@ -141,7 +149,7 @@ class VBench:
         wants = {clip.id: self._wanted(clip, entry) for clip, entry in _entries(clips, out)}
         asked = {want.dimension for several in wants.values() for want in several}
         versions = self._versions()
-        for one in _checked(envs.python("vbench"), tuple(self._names()), self.driver, self.random):
+        for one in self.ready():
             if one["dimension"] in asked and one["dimension"] not in versions:
                 raise UserError(f"VBench's {one['dimension']} cannot run here: {one['problem']}; {one['fix']}")
         kept = {rows.key(row): row for row in records.read_rows(self._rows(out), Row)}
