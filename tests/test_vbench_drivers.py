@@ -106,6 +106,18 @@ def test_fast_is_official_with_large_networks(tmp_path, clips, names):
 
 
 @pytest.mark.slow
+def test_captions_that_differ_are_the_same_in_both(tmp_path):
+    """Drawn weights say the same of every frame; these listen to the image. The caption of frame i is that of frame i // 3."""
+    variables = {**os.environ, "PYTHONPATH": str(Path(rfbench.__file__).parents[1]), "VBENCH_CACHE_DIR": str(tmp_path / "cache")}
+    command = [PYTHON, "-P", "-W", "ignore", str(Path(__file__).with_name("vbench_inside.py"))]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["fast"] == told["official"] and len(told["official"]) == 6
+    assert told["official"][0] != told["official"][3]
+
+
+@pytest.mark.slow
 def test_fast_is_official_with_detections(tmp_path, clips):
     skip_without_detectron2()
     names = ["object_class", "multiple_objects", "spatial_relationship", "color"]
