@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -458,7 +457,7 @@ def test_page_is_nested_and_can_be_used_without_sight_or_mouse(page: Page) -> No
         for key in ("aria-labelledby", "for"):
             assert attributes.get(key, ids[0]) in ids
         if tag == "th":
-            assert attributes.get("scope") in ("row", "col")
+            assert attributes.get("scope") in ("row", "col", "rowgroup")
         if tag == "a":
             assert str(attributes["href"])[1:] in ids
     headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
@@ -570,15 +569,6 @@ def test_numbers_are_printed_with_a_true_minus_and_no_negative_zero() -> None:
     assert tables.shown(-0.06, 1, sign=True) == "−0.1"
     assert tables.shown(0.06, 1, sign=True) == "+0.1"
     assert tables.shown(None, 1) == "–"
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_page_comes_to_life_in_a_browser(written: Path, tmp_path: Path) -> None:
-    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = ["chromium", "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path}", "--virtual-time-budget=4000", "--dump-dom"]
-    done = subprocess.run([*command, (written / "index.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("<canvas") == 3  # one per contender that has clips
-    assert re.search(r'id="prompt"[^>]*>“a red disc”', done.stdout)
 
 
 def test_random_weights_and_an_approximate_decoder_are_said_wherever_the_row_is(root: Path) -> None:

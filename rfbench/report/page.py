@@ -10,10 +10,11 @@ from typing import Any
 
 import rfbench
 from rfbench.report import account, plots
+from rfbench.report.answers import answers, ranked
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
 from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell, Row
-from rfbench.report.tables import arrow, column_decimals, finding_numbers, improvement, label, printed, published, ranged, shown, unit_of
+from rfbench.report.tables import arrow, column_decimals, divided, finding_numbers, improvement, label, printed, published, ranged, shown, unit_of
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, NOT_RUN, REPRODUCED, VERDICTS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -58,6 +59,7 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
         board=board,
         version=rfbench.__version__,
         summary=summary,
+        answers=answers(board, findings),
         facts=account.facts(board),
         tally=[(verdict, sum(finding.verdict == verdict for finding in findings)) for verdict in VERDICTS],
         sections=_sections(findings, scenes, plot_sections),
@@ -145,8 +147,8 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
     timed = column in board.hardware
     places = {metric: column_decimals(board, column, metric) for metric in board.columns[column]}
     reach = {metric: _reach(board, column, metric) for metric in board.columns[column]}
-    rows = [
-        {
+    rows = {
+        row.name: {
             "number": i,
             "name": row.name,
             "seeds": len(row.seeds),
@@ -155,7 +157,12 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
             ],
         }
         for i, row in enumerate(board.rows)
-    ]
+        if any(board.cells[row.name, column, metric].state != LEFT_OUT for metric in board.columns[column])
+    }
+    closed, apart = divided(board, column)
+    groups = [("", [rows[name] for name in closed if name in rows])]
+    for reason in dict.fromkeys(apart.values()):  # a reason is said once, above the rows that it holds for
+        groups.append((reason, [rows[name] for name, why in apart.items() if why == reason and name in rows]))
     heads = [
         {
             "label": label(metric),
@@ -166,7 +173,14 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
         }
         for metric in board.columns[column]
     ]
-    return {"title": f"Speed on {column}" if timed else column, "subtitle": _subtitle(board, column, timed), "heads": heads, "rows": rows}
+    absent = [row.name for row in board.rows if row.name not in rows]
+    return {
+        "title": f"Speed on {column}" if timed else column,
+        "subtitle": _subtitle(board, column, timed),
+        "heads": heads,
+        "groups": groups,
+        "absent": absent,
+    }
 
 
 def _subtitle(board: Board, column: str, timed: bool) -> str:
@@ -217,6 +231,8 @@ def _cell(board: Board, row: Row, cell: Cell, places: int, reach: tuple[float, f
         "counts": counts,
         "sources": " ".join(numbers),
         "reason": cell.reason,
+        "ranks": ranked(cell),
+        "open": cell.open,
         "full": full,
         **flags,
     }

@@ -3,21 +3,35 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = id => document.getElementById(id);
 const make = (tag, text, name) => { const node = document.createElement(tag); if (text !== undefined) node.textContent = text; if (name) node.className = name; return node; };
 
-// Tables: a heading sorts its column, best first; a second time turns it around. Cells without a number stay below.
+// Tables: a heading sorts its column, best first; a second time turns it around. Cells without a number stay below, open entries apart.
 for (const button of document.querySelectorAll(".sort")) button.addEventListener("click", () => {
-  const head = button.closest("th"), body = head.closest("table").tBodies[0];
+  const head = button.closest("th"), bodies = head.closest("table").tBodies;
   const column = head.cellIndex, higher = button.querySelector("[aria-label]").textContent === "↑";
   const before = head.getAttribute("aria-sort"), best = higher ? "descending" : "ascending", worst = higher ? "ascending" : "descending";
   const order = before === best ? worst : best;
   for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", order);
   const value = row => { const text = row.cells[column].dataset.v; return text === "" ? null : Number(text); };
-  const rows = [...body.rows].sort((a, b) => {
+  for (const body of bodies) body.append(...[...body.rows].filter(row => row.dataset.name).sort((a, b) => {
     const x = value(a), y = value(b);
     if (x === null || y === null) return (x === null) - (y === null);
     return order === "ascending" ? x - y : y - x;
-  });
-  body.append(...rows);
+  }));
+});
+
+// Filter: rows of all tables whose name or reason holds every word.
+const filter = byId("filter"), filtered = byId("filtered");
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean), seen = new Set();
+  for (const body of document.querySelectorAll(".board tbody")) {
+    const rows = [...body.rows].filter(row => row.dataset.name);
+    for (const row of rows) {
+      row.hidden = !words.every(word => row.dataset.name.toLowerCase().includes(word));
+      if (!row.hidden) seen.add(row.querySelector("th > span").textContent);
+    }
+    body.hidden = rows.every(row => row.hidden);
+  }
+  filtered.textContent = words.length ? `${seen.size} of ${data.rows} contenders` : "";
 });
 
 // Cells: where a number came from.
@@ -31,7 +45,8 @@ document.addEventListener("click", event => {
   if (!cell) return;
   const set = cell.dataset, body = byId("source-body");
   byId("source-title").textContent = set.of;
-  body.replaceChildren(pairs([["value", set.full], ["from", set.n], ["note", set.why]]));
+  body.replaceChildren(pairs([["value", set.full], ["from", set.n], ["rank", set.rank && `${set.rank}, 95 % interval over all pairs of the column`],
+    ["division", set.open === undefined ? null : set.open ? `open: ${set.open}` : "closed"], ["note", set.why]]));
   for (const number of (set.from || "").split(" ").filter(Boolean)) {
     const item = data.sources[Number(number)];
     const scorer = item.scorer ? `${item.scorer}, version ${item.scorer_version}` : null;
