@@ -24,7 +24,7 @@ from rfbench import config, provenance, recipes, records, strict
 from rfbench.backbones.base import Backbone, load
 from rfbench.baselines import device
 from rfbench.config import Recipe
-from rfbench.data import ClipDraws, Pairs, Prompts, prompts_of
+from rfbench.data import ClipDraws, Prompts, prompts_of
 from rfbench.errors import UserError
 from rfbench.methods.ode import solve
 from rfbench.parallel import ALONE, Ranks
@@ -50,6 +50,10 @@ class StoredPairs:
         index = draws.integers(len(self.captions))
         rows = [self.files[number // PART].get_slice("path")[number % PART : number % PART + 1] for number in index]
         return torch.cat(rows), [self.captions[number] for number in index]
+
+    def prompts(self, draws: ClipDraws) -> list[str]:
+        """The captions that `pick` would give."""
+        return [self.captions[number] for number in draws.integers(len(self.captions))]
 
 
 class LmdbPairs:
@@ -79,13 +83,23 @@ class LmdbPairs:
         path_BSFCHW, captions = self.pick(draws)
         return path_BSFCHW[:, -1], captions
 
+    def prompts(self, draws: ClipDraws) -> list[str]:
+        """The captions that `pick` would give."""
+        return [self._read("prompts", number).decode() for number in draws.integers(self.shape[0])]
+
     def _row(self, number: int) -> tuple[Tensor, str]:
-        with self.store.begin() as reading:
-            latents, caption = (reading.get(f"{name}_{number}_data".encode()) for name in ("latents", "prompts"))
-        if latents is None or caption is None or len(latents) != 2 * math.prod(self.shape[1:]):
-            raise UserError(f"{self.file}: row {number} is missing or too short; fetch it again", code=1)
+        latents = self._read("latents", number)
+        if len(latents) != 2 * math.prod(self.shape[1:]):
+            raise UserError(f"{self.file}: row {number} is too short; fetch it again", code=1)
         path = np.frombuffer(latents, np.float16).reshape(self.shape[1:])
-        return torch.from_numpy(path.astype(np.float32)), caption.decode()
+        return torch.from_numpy(path.astype(np.float32)), self._read("prompts", number).decode()
+
+    def _read(self, name: str, number: int) -> bytes:
+        with self.store.begin() as reading:
+            found: bytes | None = reading.get(f"{name}_{number}_data".encode())
+        if found is None:
+            raise UserError(f"{self.file}: row {number} is missing; fetch it again", code=1)
+        return found
 
 
 def _opened(path: Path) -> Any:
@@ -120,7 +134,7 @@ def _shape_of(store: Any, file: Path) -> tuple[int, ...]:
     return shape
 
 
-def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path], ranks: Ranks = ALONE) -> Pairs:
+def of(cfg: Recipe, teacher: Backbone, prompts: Prompts, sources: Mapping[str, Path], ranks: Ranks = ALONE) -> StoredPairs | LmdbPairs:
     """The pairs of a recipe: from its file, or from its teacher, which is what the student starts from; what is not there yet is made by all.
 
     Raises:

@@ -174,7 +174,9 @@ class Trainer:
             return kind(cfg, student, self._rendered())
         prompts = prompts_of(sources.get("prompts"))
         if cfg.method == "ode":
-            return kind(cfg, student, pairs.of(cfg, student, prompts, sources, self.ranks))
+            given = pairs.of(cfg, student, prompts, sources, self.ranks)
+            self._remember(self._captions(given))
+            return kind(cfg, student, given)
         scores, precision = cfg.scores, self.precision
         assert scores is not None
         teacher = self._open(scores.teacher_backbone or cfg.backbone, scores.teacher, sources.get("teacher"), precision.teacher)
@@ -187,7 +189,9 @@ class Trainer:
         if self.drawn and forced(cfg):
             clips = self._noise
         elif "latents" in sources:
-            clips = pairs.LmdbPairs(sources["latents"], (), frames=cfg.latents).ends
+            shown = pairs.LmdbPairs(sources["latents"], (), frames=cfg.latents)
+            self._remember(self._captions(shown))
+            clips = shown.ends
         elif cfg.data.clips is not None:
             clips = self._rendered().pick
         if clips is None:
@@ -202,6 +206,10 @@ class Trainer:
         if scores is not None and scores.rollouts == "separate":
             seeds += Batch(tuple(seeds), 0).other().seeds
         self.student.remember([*dict.fromkeys(prompts(seeds)), *(self.cfg.samples.prompts if self.cfg.samples is not None else ())])
+
+    def _captions(self, given: pairs.StoredPairs | pairs.LmdbPairs) -> Prompts:
+        """What clips are called that are given, by the seeds that pick them."""
+        return lambda seeds: [caption for seed in seeds for caption in given.prompts(Draws(self.student.shape, [seed]))]
 
     def _noise(self, draws: ClipDraws) -> tuple[Tensor, list[str]]:
         """Clips that cost as much as any others."""

@@ -18,14 +18,16 @@ from rfbench import config
 from rfbench import generate as verb
 from rfbench.backbones.base import open_backbone
 from rfbench.backbones.wan import backbone as wan
-from rfbench.backbones.wan.text import key_map
-from rfbench.config import Baseline, WeightsCfg
+from rfbench.backbones.wan.text import WanText, key_map
+from rfbench.config import Baseline, Recipe, WeightsCfg
 from rfbench.errors import UserError
+from rfbench.recipes import locate
 from rfbench.records import read_run
-from rfbench.train import train
+from rfbench.train import Trainer, train
 from rfbench.weights import read_tensors
-from tests.test_train import Interrupted, interrupt
+from tests.test_train import ABOUT, Interrupted, interrupt
 from tests.test_wan import tokenizer
+from tests.tiny import normal
 
 OPTIM = {"lr": 1.0e-3, "betas": [0.0, 0.999]}
 SAMPLER = {"steps": [1000, 500], "shift": 5.0, "cache": {"policy": "ema_sink", "window": 9, "sink": 3, "alpha": 0.9, "fold_dtype": "float32"}}
@@ -55,7 +57,7 @@ RECIPE: dict[str, Any] = {
     "log_every": 1,
     "checkpoint_every": 1,
 }
-METHODS = {"dmd": {}, "redmd": {"reward": {"name": "toy_motion", "beta": 0.5}}}
+METHODS: dict[str, dict[str, Any]] = {"dmd": {}, "redmd": {"reward": {"name": "toy_motion", "beta": 0.5}}}
 
 
 def halfway(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
@@ -91,7 +93,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(home: Path, method: str, **changes: Any) -> str:
     path = home / f"{method}.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"method": method} | METHODS[method] | changes))
+    path.write_text(yaml.safe_dump(RECIPE | {"method": method} | METHODS.get(method, {}) | changes))
     return str(path)
 
 
@@ -151,3 +153,39 @@ def test_a_dry_run_finds_the_one_file_that_is_missing(home: Path) -> None:
     (home / "prompts.txt").unlink()
     with pytest.raises(UserError, match=r"'prompts.txt', named by dmd.yaml, are neither"):
         train(path, dry_run=True)
+
+
+def lmdb_of(path: Path, *sizes: int, captions: tuple[str, ...]) -> None:
+    """Latents in the layout of Self Forcing's LMDB: [N, F, C, H, W] or trajectories of them, float16."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(path), subdir=False, map_size=2**24) as store, store.begin(write=True) as writing:
+        writing.put(b"latents_shape", " ".join(map(str, (len(captions), *sizes))).encode())
+        for number, caption in enumerate(captions):
+            writing.put(f"latents_{number}_data".encode(), normal(*sizes, seed=number).half().numpy().tobytes())
+            writing.put(f"prompts_{number}_data".encode(), caption.encode())
+
+
+@pytest.mark.parametrize("student", ["streamed", "diffusion-forced", "of pairs"])
+def test_no_text_encoder_is_in_memory_while_a_student_learns(student: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether prompts come from a file or with clips or pairs: each is embedded once before, then nothing asks for the encoder any more."""
+    shape = open_backbone("wan2.1-1.3b").shape
+    latents = (6, shape.channels, shape.height, shape.width)
+    lmdb_of(home / "clips.mdb", *latents, captions=("a red kite", "red"))
+    lmdb_of(home / "pairs.mdb", 3, *latents, captions=("a kite", "a red kite"))
+    changes: dict[str, Any] = {
+        "streamed": {},
+        "diffusion-forced": {"rollout": {"student": "diffusion_forced"}, "data": {"latents": {"file": "clips.mdb"}}},
+    }.get(student, {"data": {"latents": {"file": "pairs.mdb"}}, "scores": None, "precision": {"student": "bfloat16"}})
+    path = write(home, "ode" if student == "of pairs" else "dmd", **changes)
+    cfg = config.load(Recipe, path)
+    trainer = Trainer(cfg, home / "run", locate(cfg, Path(path)))
+    text = trainer.student.text  # type: ignore[attr-defined]
+    assert isinstance(text, WanText) and "_encoder" not in vars(text)
+    embedded = len(list(text.cache.glob("*.safetensors"))) if text.cache is not None else 0
+    assert embedded >= 2
+
+    def asked(text: WanText) -> None:
+        raise AssertionError("the encoder is loaded in training")
+
+    monkeypatch.setattr(WanText, "_encoder", property(asked))
+    assert trainer.run(ABOUT)["steps"] == 3
