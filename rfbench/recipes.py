@@ -175,6 +175,20 @@ def memory(cfg: Recipe, *, share: int = 1, offload: bool = False) -> dict[str, i
     return found
 
 
+def room(total: int) -> str:
+    """Whether so many bytes fit: on the GPU that is there, else on those that rfbench.toml knows."""
+    if torch.cuda.is_available():
+        sizes = {"this GPU": torch.cuda.get_device_properties(0).total_memory / 2**30}
+    else:
+        sizes = {name: table.memory_gib for name, table in settings().hardware.items() if table.memory_gib is not None}
+    if not sizes:
+        return "whether that fits is not known, as there is no GPU and rfbench.toml has none with 'memory_gib'"
+    left = {name: size - total / 2**30 for name, size in sizes.items()}
+    fits = ", ".join(f"{name} leaves {gib:.1f} GiB" for name, gib in left.items() if gib > 0)
+    short = ", ".join(f"{name} ({sizes[name]:.1f} GiB)" for name, gib in left.items() if gib <= 0)
+    return "; ".join([*([fits] if fits else []), *([f"does not fit {short}"] if short else [])])
+
+
 def _videoreward() -> Path:
     from rfbench.videoreward.model import files
 

@@ -16,11 +16,12 @@ HOME = Path(__file__).resolve().parent.parent  # the checkout: recipes/ and base
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device, and what its maker prints as the dense peak of its matrix units: TFLOP/s by dtype."""
+    """A device, what its maker prints as the dense peak of its matrix units (TFLOP/s by dtype), and how much memory its driver reports."""
 
     title: str
     match: str  # part of the device's name as torch tells it
     tflops: dict[str, float] = field(default_factory=dict)
+    memory_gib: float | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from rfbench.methods.base import METHODS, Batch, Draws, Method
 from rfbench.parallel import ALONE, Ranks, full, whole
 from rfbench.phases import phase
 from rfbench.progress import Progress, say
-from rfbench.recipes import check, forced, inputs_of, locate, memory
+from rfbench.recipes import check, forced, inputs_of, locate, memory, room
 from rfbench.registry import pick
 from rfbench.sampler import generate
 from rfbench.settings import settings
@@ -40,7 +40,7 @@ from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
 from rfbench.weights import Ema
 
-BESIDE = "activations, autoencoder, text encoder and reward come on top"
+BESIDE = "not counted, so room for them has to be left: activations, autoencoder, reward, and the text encoder until prompts are embedded"
 EXPLODED = 1e4  # times the norm that gradients are clipped to: nothing is learned from such a step, and the weights may be lost
 
 
@@ -82,8 +82,9 @@ def train(
         if dry_run:
             plan = memory(cfg, share=planned, offload=offload)
             each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
+            total = sum(plan.values())
             over = f" of a GPU, networks split over {planned}" if planned > 1 else ""
-            say(f"memory{over}: {each}; {sum(plan.values()) / 2**30:.1f} GiB in all; {BESIDE}")
+            say(f"memory{over}: {each}; {total / 2**30:.1f} GiB in all; {room(total)}; {BESIDE}")
         sources = locate(cfg, path)
         if not dry_run:
             _train(cfg, name, directory, sources, ranks, fresh=fresh, tracker=tracker)
