@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rfbench import report
+from rfbench import report, statistics
+from rfbench.report import tradeoffs
 from tests import browser, test_report
-
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium is installed")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium is installed")
     with browser.tab(tmp_path_factory.mktemp("profile")) as tab:
         yield tab
 
@@ -106,6 +109,31 @@ def test_a_phone_need_not_scroll_sideways_and_text_can_be_read(width: int, schem
     assert contrast(ink, ground) > 7
     soft = tab.js("getComputedStyle(document.querySelector('.intro')).color")
     assert contrast(soft, ground) > 4.5  # WCAG AA
+
+
+def test_the_front_is_what_nobody_passes_in_both() -> None:
+    points = [(1.0, 5.0), (2.0, 4.0), (1.5, 4.0), (3.0, 1.0), (0.5, 5.0)]
+    assert tradeoffs.front(points) == [0, 1, 3]
+    one, other = statistics.sample([1, 2, 3, 4], list("abcd")), statistics.sample([0, 2, 9, 1], list("abcd"))
+    assert tradeoffs.wins(one, other) == 0.625 == 1 - tradeoffs.wins(other, one)
+
+
+def test_every_section_of_plots_is_there_and_drawn(tab: browser.Tab) -> None:
+    titles = tab.js("[...document.querySelectorAll('.plots figcaption')].map(one => one.textContent)")
+    for title in ("All metrics, short", "How long the next chunk takes, cpu"):
+        assert title in titles
+    assert tab.js("[...document.querySelectorAll('.plots svg')].every(one => one.getBoundingClientRect().height > 80)")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_the_latex_tables_compile(written: Path, tmp_path: Path) -> None:
+    text = (written.parent / "leaderboard.tex").read_text()
+    (tmp_path / "all.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n")
+    done = subprocess.run(
+        ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "all.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout[-600:]
+    assert (tmp_path / "all.pdf").stat().st_size > 1000
 
 
 def contrast(one: str, other: str) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rfbench
-from rfbench.report import account, plots
+from rfbench.report import account, plots, tradeoffs
 from rfbench.report.answers import answers, ranked
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
@@ -21,6 +21,7 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 ICONS = {REPRODUCED: "✓", CONTRADICTED: "✕", INCONCLUSIVE: "≈", NOT_RUN: "○"}
 LONGEST = 160  # letters of a prompt on the page
 SECTIONS = {  # plots: id -> name, introduction
+    "against": ("Against each other", "All metrics at once, what quality costs in speed, and who wins prompt by prompt."),
     "time": (
         "Over the length of a clip",
         "How motion and picture quality hold. Point at a line to single it out; the buttons choose the contenders of all plots.",
@@ -42,7 +43,8 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
     numbers = {row.name: i for i, row in enumerate(board.rows)}
     sources: dict[str, int] = {}
     tables = [_table(board, column, sources) for column in (*board.suites, *board.hardware)]
-    drawn = plots.page_plots(board)
+    drawn = {"against": list(tradeoffs.compared_plots(board))} | plots.page_plots(board)
+    drawn["speed"] += [plot for machine in board.hardware if (plot := tradeoffs.latency_plot(board, machine)) is not None]
     plot_sections = [(id_, *SECTIONS[id_], found) for id_, found in drawn.items() if found]
     rows = [
         {

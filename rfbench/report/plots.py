@@ -95,10 +95,10 @@ def _over_time(board: Board, row: Row, suite: str, metric: str) -> tuple[list[fl
 
 
 def _time_plot(board: Board, suite: str, metric: str, series: Sequence[Any], numbers: dict[str, int]) -> Plot:
-    figure, axes = _figure()
+    figure, axes = panel()
     for row, centres, intervals in series:
         number = numbers[row.name]
-        _line(axes, number, centres, [one.value for one in intervals])
+        line(axes, number, centres, [one.value for one in intervals])
         if all(one.low is not None for one in intervals):
             _band(axes, number, centres, [one.low for one in intervals], [one.high for one in intervals])
     axes.set_xlabel("seconds into the clip")
@@ -115,9 +115,9 @@ def _speed_plots(board: Board, machine: str, numbers: dict[str, int]) -> Iterato
     curves = [(row, *curve) for row, timings in timed if (curve := fps_by_length(timings)) is not None]
     rows = tuple(numbers[row.name] for row, *_ in curves)
     if curves:
-        figure, axes = _figure()
+        figure, axes = panel()
         for row, frames, fps in curves:
-            _line(axes, numbers[row.name], frames, fps)
+            line(axes, numbers[row.name], frames, fps)
         axes.set_xlabel("pixel frames made so far")
         axes.set_ylabel("FPS")
         axes.set_ylim(bottom=0)
@@ -128,7 +128,7 @@ def _speed_plots(board: Board, machine: str, numbers: dict[str, int]) -> Iterato
     both = [row for row, _ in timed if all(board.cells.get((row.name, machine, metric)) for metric in pair)]
     both = [row for row in both if all(board.cells[row.name, machine, metric].state == NUMBER for metric in pair)]
     if both:
-        figure, axes = _figure(height=0.6 + 0.21 * len(both))
+        figure, axes = panel(height=0.6 + 0.21 * len(both))
         for place, row in enumerate(both):
             colour = SERIES[numbers[row.name] % len(SERIES)]
             ends = [board.cells[row.name, machine, metric] for metric in pair]
@@ -165,17 +165,17 @@ def _logs(board: Board) -> list[tuple[Row, Training]]:
 
 
 def _training_plot(name: str, text: str, lines: Sequence[tuple[int, Training, Sequence[float | None]]]) -> Plot:
-    figure, axes = _figure()
+    figure, axes = panel()
     for number, log, column in lines:
         points = [(step, value) for step, value in zip(log.steps, column, strict=True) if value is not None]
-        _line(axes, number, [step for step, _ in points], [value for _, value in points], width=1.2)
+        line(axes, number, [step for step, _ in points], [value for _, value in points], width=1.2)
     axes.set_xlabel("training step")
     axes.set_xlim(left=0)
     rows = tuple(sorted({number for number, *_ in lines}))
     return Plot(text[0].upper() + text[1:], f"{name} in the training log; a line per training seed.", svg(figure, text, None), rows)
 
 
-def _figure(width: float = 3.8, height: float = 2.5) -> tuple[Figure, Axes]:
+def panel(width: float = 3.8, height: float = 2.5) -> tuple[Figure, Axes]:
     """A figure with the page's manners: one panel, no frame, faint horizontal lines."""
     from matplotlib.figure import Figure
 
@@ -197,7 +197,7 @@ def _manners(axes: Axes) -> None:
         text.set_fontsize(9)
 
 
-def _line(axes: Axes, number: int, x: Sequence[float], y: Sequence[float], width: float = 1.8) -> None:
+def line(axes: Axes, number: int, x: Sequence[float], y: Sequence[float], width: float = 1.8) -> None:
     style: Any = DASHES[number // len(SERIES) % len(DASHES)]
     axes.plot(x, y, color=SERIES[number % len(SERIES)], ls=style, lw=width, gid=f"s{number}", solid_capstyle="round")
 
