@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image, ImageSequence
 
-from rfbench import baselines, generate, records, sampler, suites, video
+from rfbench import attention, baselines, generate, records, sampler, suites, video
 from rfbench.errors import UserError
 from rfbench.scorers.base import read_video
 from rfbench.settings import settings
@@ -339,3 +339,16 @@ def test_what_is_told_about_a_baseline_may_change_without_making_its_clips_again
     _, second = made("A better name")
     assert (first.recorded["baseline"]["title"], second.recorded["baseline"]["title"]) == ("A name", "A better name")
     assert first.fingerprint == second.fingerprint and {path.name: path.stat().st_mtime_ns for path in (directory / "videos").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [("attention = 'cudnn'", "attention 'cudnn' needs"), ("shortcuts = { graphs = true }", "shortcut 'graphs' is for")]
+)
+def test_what_this_machine_cannot_do_comes_out_before_there_is_a_run(asked, told, tmp_path, monkeypatch):
+    (tmp_path / "rfbench.toml").write_text(f"[fast]\n{asked}\n[paths]\nruns = 'runs'\n")
+    monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
+    monkeypatch.setattr(baselines, "device", lambda: torch.device("cpu"))
+    attention.kernel.cache_clear()
+    with pytest.raises(UserError, match=told):
+        generate.generate("toy/ode-init", "smoke", random_weights=True)
+    assert not (tmp_path / "runs").exists()
