@@ -26,6 +26,7 @@ from rfbench.options import (
     EngineName,
     Fields,
     Fresh,
+    Gpus,
     Json,
     Limit,
     Name,
@@ -39,7 +40,7 @@ from rfbench.options import (
     scorers,
     suite_names,
 )
-from rfbench.output import print_profile, print_table
+from rfbench.output import print_checks, print_profile, print_table
 from rfbench.settings import settings
 
 app = typer.Typer(
@@ -49,8 +50,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer gives out only this child of it
-
-
 WHAT = ("recipes", "baselines", "suites", "studies", "claims", "scorers", "policies", "methods", "hardware", "environments")
 
 
@@ -62,12 +61,16 @@ def reproduce(
     out: Annotated[Path | None, typer.Option("--out", help="Where the report goes.", show_default=False)] = None,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    gpus: Gpus = None,
     as_json: Json = False,
 ) -> None:
-    """The whole table of a study: train, generate, score, time and report, skipping what is done."""
+    """The whole table of a study: train, generate, score, time and report, skipping what is done. --dry-run says what that takes."""
     from rfbench import reproduce as verb
 
-    _print_path(verb.reproduce(study, only=only or [], limit=limit, dry_run=dry_run, fresh=fresh, out=out), as_json)
+    if dry_run or gpus:
+        told = verb.foresee(study, only or [], limit, gpus or 1)
+        return print(json.dumps(told, ensure_ascii=False)) if as_json else None
+    _print_path(verb.reproduce(study, only=only or [], limit=limit, fresh=fresh, out=out), as_json)
 
 
 @app.command()
@@ -201,7 +204,7 @@ def evaluate(
             raise UserError("--check-setup makes its own clips: give it no run and nothing else but -s")
         from rfbench import rehearsal
 
-        return _print_checks(rehearsal.rehearse(names), as_json, strictly=bool(names))
+        return print_checks(rehearsal.rehearse(names), as_json, strictly=bool(names))
     if run is None:
         raise UserError("say which run to score: rfbench eval <baseline>/<suite>, or its directory")
     from rfbench import evaluate as verb
@@ -390,7 +393,7 @@ def doctor(as_json: Json = False) -> None:
     """What this machine can run, and the fix for what it can't."""
     from rfbench import doctor as verb
 
-    _print_checks(verb.examine(), as_json)
+    print_checks(verb.examine(), as_json)
 
 
 @app.callback(invoke_without_command=True)
@@ -448,17 +451,6 @@ def _shown(path: Path) -> str:
     """A path relative to here if it lies below."""
     here = Path.cwd()
     return str(path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path)
-
-
-def _print_checks(checks: Sequence[Any], as_json: bool, *, strictly: bool = False) -> None:
-    """A row per check, and exit 1 if something is broken, or `strictly` if anything is not there."""
-    if as_json:
-        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
-    else:
-        rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
-        print_table(rows, title="", as_json=False)
-    if any(check.state == "broken" or (strictly and check.state != "ok") for check in checks):
-        raise typer.Exit(1)
 
 
 def _say(sentence: str) -> None:

@@ -27,8 +27,8 @@ from rich.filesize import decimal
 from rich.prompt import Confirm
 from rich.table import Table
 
-from rfbench import weights
-from rfbench.config import Baseline, External, WeightsCfg
+from rfbench import recipes, weights
+from rfbench.config import Baseline, External, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, sha256_of, write_json
@@ -110,6 +110,11 @@ def items_of(cfg: Baseline | External) -> list[Item]:
     adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
     parts = open_backbone(cfg.backbone, decoder=cfg.decoder).parts()
     return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
+
+
+def items_of_recipe(cfg: Recipe) -> list[Item]:
+    """What a training reads that comes from a repository; nobody says under which licence."""
+    return _items("not stated", *recipes.files(cfg).values())
 
 
 def items_of_scorer(name: str) -> list[Item]:

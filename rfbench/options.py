@@ -48,6 +48,7 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name or YAML file.", autocompletion=completes(lambda: config.names_of(Recipe)), show_default=False)
 ]
 Shard = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N equal parts, from 1.", show_default=False)]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Estimate the hours on so many; implies --dry-run.", show_default=False)]
 EngineName = Annotated[str, typer.Option("--engine", metavar="here|ray", help="This process, or workers of a Ray cluster.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="With ray; by default one for each GPU, else for each core.", show_default=False)

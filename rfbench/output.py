@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import typer
 
 STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
@@ -37,3 +40,14 @@ def print_profile(document: dict[str, Any], table: Callable[[dict[str, Any]], Se
     if not as_json:
         print_table(table(document), title=document["name"], as_json=False)
     print(json.dumps(document, ensure_ascii=False))
+
+
+def print_checks(checks: Sequence[Any], as_json: bool, *, strictly: bool = False) -> None:
+    """A row per check, and exit 1 if something is broken, or `strictly` if anything is not there."""
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
+    else:
+        rows = [{"": check.state, "what": check.name, "found": check.found, "fix": check.fix} for check in checks]
+        print_table(rows, title="", as_json=False)
+    if any(check.state == "broken" or (strictly and check.state != "ok") for check in checks):
+        raise typer.Exit(1)

@@ -28,6 +28,7 @@ from rfbench.vbench import prompts as vbench
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 LONGEST = 2000  # characters of a prompt
 VBENCH, MOVIEGEN = "vbench", "moviegen"  # prompts that are not ours to ship
+FLICKERING = 75  # prompts that VBench has for temporal flickering
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,25 @@ def load_suite(name_or_path: str, limit: int | None = None) -> Suite:
     if len(prompts) < (header.first or 0):
         raise UserError(f"suite '{name}' asks for the first {header.first} prompts, and there are {len(prompts)}; correct 'first'")
     prompts = prompts[: header.first]
+    if share is not None:
+        name, prompts = f"{name}@{share:g}", stratified(prompts, share)
+    return Suite(name, header.frames, header.fps, header.seed, header.samples, prompts[:limit])
+
+
+def foreseen(name_or_path: str, limit: int | None = None) -> Suite:
+    """The suite; if it is of prompts that are not ours to ship and that are not here, as many without text, of a share about as many.
+
+    Raises:
+        UserError: no such suite, a wrong field, or a prompt of one's own that cannot be used.
+    """
+    whole, share = split(name_or_path)
+    name, _, header = header_of(whole)
+    try:
+        return load_suite(name_or_path, limit)
+    except UserError:
+        if header.prompts not in (VBENCH, MOVIEGEN) or header.first is None:
+            raise
+    prompts = tuple(Prompt(i, "", samples=header.filtered if i < FLICKERING else None) for i in range(header.first))
     if share is not None:
         name, prompts = f"{name}@{share:g}", stratified(prompts, share)
     return Suite(name, header.frames, header.fps, header.seed, header.samples, prompts[:limit])

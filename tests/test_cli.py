@@ -144,7 +144,7 @@ HERE = {"engine": "here", "workers": None}
         ),
         (
             *("reproduce", "reproduce", ["toy", "--only", "a", "--only", "b", "--limit", "2"]),
-            *(("toy",), {"only": ["a", "b"], "limit": 2, "dry_run": False, "fresh": False, "out": None}),
+            *(("toy",), {"only": ["a", "b"], "limit": 2, "fresh": False, "out": None}),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

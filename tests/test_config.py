@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import rfbench
 from rfbench import config, strict
-from rfbench.config import Baseline, CacheCfg, Recipe, Study
+from rfbench.config import Baseline, CacheCfg, External, Recipe, Study
 from rfbench.errors import UserError
 from rfbench.settings import HOME, Hardware, PathsCfg, SettingsFile, settings, settings_file
 
@@ -103,7 +103,8 @@ def test_what_a_shipped_file_names_exists(kind, name):
         assert set(noun.suites) <= set(SUITES) and set(noun.scorers) <= set(SCORERS)
         for contender in noun.contenders:
             if contender.baseline:
-                config.load(Baseline, contender.baseline, contender.set)
+                told: type = External if config.is_external(contender.baseline) else Baseline
+                config.load(told, contender.baseline, contender.set)
             if contender.recipe:
                 config.load(Recipe, contender.recipe, contender.set)
             assert contender.of is None or contender.of in names

@@ -47,6 +47,8 @@ LAYERS = [
         "importing",
         "profiling",
         "report",
+        "studies",
+        "budget",
         "reproduce",
         "listing",
         "doctor",

@@ -42,6 +42,7 @@ class Table:
     protocol: str = ""
     notes: dict[str, str] = field(default_factory=dict)  # of a column or of a row
     details_of: str | None = None  # table of the same source that has the totals of these rows
+    suite: str | None = None  # of ours, where the protocol is that of it: for all that no note is on
     counts: dict[str, int] = field(default_factory=dict)  # of whole-numbered scores (yes or no, ratings) that a column is the mean of
 
 
@@ -73,6 +74,7 @@ class Reported:
     table: str  # <source>/<table>
     protocol: str  # prompts, hardware, what is counted
     whose: str  # "own", "competitor" or "independent": who measured it, seen from the system
+    suite: str | None = None  # of ours whose protocol it followed
 
     @property
     def value(self) -> float:
@@ -150,7 +152,8 @@ def reported() -> tuple[Reported, ...]:
                     told = "; ".join(note for note in notes if note)
                     if text != NONE:
                         where = table.where or source.where
-                        found.append(Reported(system, metric, text, source.by, where, f"{source_name}/{name}", told, whose))
+                        same = None if metric in table.notes or system in table.notes else table.suite
+                        found.append(Reported(system, metric, text, source.by, where, f"{source_name}/{name}", told, whose, same))
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from rfbench import records
 from rfbench.errors import UserError
-from rfbench.report import account, evidence, leaderboard, record, sources, tables
+from rfbench.report import account, evidence, leaderboard, record, reported, sources, tables
 from rfbench.report.claims import Finding
 from rfbench.report.evidence import Bench, Scores
 from rfbench.report.leaderboard import Board, Problems
@@ -33,11 +33,12 @@ def texts(board: Board, findings: tuple[Finding, ...]) -> dict[str, str]:
     """The tables of a report, which need no video: name -> content."""
     summary, commands = account.summary(board), account.commands(board)
     found = {
-        "README.md": tables.to_markdown(board, findings, summary, commands),
+        "README.md": tables.to_markdown(board, findings, summary, commands, reported.to_markdown(board)),
         "leaderboard.csv": tables.to_csv(board),
         "leaderboard.tex": tables.to_latex(board),
     }
-    return found | ({"claims.csv": tables.claims_csv(findings)} if findings else {})
+    found |= {"claims.csv": tables.claims_csv(findings)} if findings else {}
+    return found | ({"reported.csv": reported.to_csv(board)} if any(row.reported for row in board.rows) else {})
 
 
 def condensed(board: Board) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import rfbench
-from rfbench.report import account, plots, tradeoffs
+from rfbench.report import account, plots, reported, tradeoffs
 from rfbench.report.answers import answers, ranked
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
@@ -67,7 +67,7 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
         sections=_sections(findings, scenes, plot_sections),
         findings=[_finding(board, finding) for finding in findings],
         tables=tables,
-        reported=[(row.name, item.metric, item.text, item.by, item.where, item.protocol) for row in board.rows for item in row.reported],
+        reported=reported.shown_rows(board),
         scenes=[_stills(scene, numbers) for scene in scenes],
         plot_sections=plot_sections,
         rows=rows,

@@ -95,7 +95,7 @@ def improvement(board: Board, finding: Finding) -> str:
     return " ".join(part for part in (shown(finding.value * scale, places, sign=True), ranged(low, high, places, sign=True), unit) if part)
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of the same keys as CSV; None is empty, booleans are lower case, floats have six digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -127,7 +127,7 @@ def to_csv(board: Board) -> str:
         row |= {"best": cell.best, "tied_with_best": cell.tied, "optimised_in_training": cell.saw}
         row |= {key: ";".join(_plain(source.get(key)) for source in cell.sources) for key in traced}
         rows.append(row | {"reason": cell.reason})
-    return _csv(rows)
+    return csv_of(rows)
 
 
 def _kind(cell: Cell) -> str | None:
@@ -149,7 +149,7 @@ def claims_csv(findings: Sequence[Finding]) -> str:
         row |= {f"published_{side}": pair[i].text if pair else None for i, side in enumerate(("better", "than"))}
         row["published_source"] = f"{pair[0].where}, {pair[0].table}" if pair else None
         rows.append(row | {"reason": finding.reason})
-    return _csv(rows)
+    return csv_of(rows)
 
 
 def published(finding: Finding) -> str:
@@ -169,8 +169,8 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_markdown(board: Board, findings: Sequence[Finding], summary: str, commands: Sequence[str]) -> str:
-    """The report in short, for a repository's front page. `index.html` has the rest."""
+def to_markdown(board: Board, findings: Sequence[Finding], summary: str, commands: Sequence[str], more: str = "") -> str:
+    """The report in short, for a repository's front page, with `more` behind the tables. `index.html` has the rest."""
     parts = [f"# {in_markdown(board.title)}\n", in_markdown(summary) + "\n"]
     parts.append("Everything, with players, plots and the source of each number: [index.html](index.html). Numbers for machines: ")
     parts[-1] += "[leaderboard.csv](leaderboard.csv)" + (", [claims.csv](claims.csv)" if findings else "") + ".\n"
@@ -213,6 +213,8 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         )
         caveats = "".join(f" {in_markdown(row.name)}: {caveat}." for row in board.rows for caveat in row.caveats)
         parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.{caveats}\n")
+    if more:
+        parts.append(more)
     parts.append("## Again\n\n```\n" + "\n".join(commands) + "\n```\n")
     return "\n".join(parts)
 

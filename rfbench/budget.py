@@ -1,0 +1,281 @@
+"""What a study will cost, told before anything is there: clips, hours, downloads, disk, and what this machine lacks.
+
+Hours are those of making clips, frames over frames per second: as measured by `rfbench profile` or by earlier clips of the
+same contender, else as somebody printed it, and each row says which. Training, scoring and timing are not in them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from rfbench import baselines, external, fetch, hardware, profiling, published, records, strict, studies, timing
+from rfbench.baselines import Prepared
+from rfbench.config import Baseline, External
+from rfbench.errors import UserError
+from rfbench.fetch import Item
+from rfbench.records import Clip
+from rfbench.report import evidence
+from rfbench.settings import settings
+from rfbench.studies import Member, Plan
+
+BELIEVED = ("own", "independent", "competitor")  # whose printed speed comes first
+BITS_PER_PIXEL = 1.0  # of a video, while none of the contender's own is there to go by: near lossless, at the sizes of the table
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Frames per second of one device, from the prompt to the last frame, and who says so."""
+
+    fps: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One contender on one suite; what is left to do of it."""
+
+    contender: str
+    suite: str
+    clips: int
+    there: int
+    frames: int  # of a clip
+    fps: float | None  # None: nobody says
+    source: str  # of `fps`
+    hours: float | None  # of one device
+    wall_hours: float | None  # on all devices that were asked about, each with whole clips
+    disk_bytes: int
+    disk_measured: bool  # from its own clips, not from BITS_PER_PIXEL
+
+
+@dataclass(frozen=True)
+class Download:
+    """Files that are not here."""
+
+    repo: str
+    file: str
+    bytes: int | None  # None: the hub knows
+    for_: tuple[str, ...]  # contenders and scorers
+    command: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a study will cost."""
+
+    study: str
+    needs: str  # as the study says it
+    device: str  # of this machine
+    gpus: int
+    costs: tuple[Cost, ...]
+    trainings: tuple[tuple[str, int, str], ...]  # those to do: name, steps, and what the recipe says that it needs
+    downloads: tuple[Download, ...]
+    lacking: tuple[str, ...]  # on this machine, besides the downloads: a sentence each with what to do
+
+    @property
+    def hours(self) -> float:
+        """Device-hours of what has a speed."""
+        return math.fsum(cost.hours or 0.0 for cost in self.costs)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Contenders that are to make clips at a speed that nobody says."""
+        return tuple(dict.fromkeys(cost.contender for cost in self.costs if cost.hours is None))
+
+    @property
+    def by_contender(self) -> dict[str, float]:
+        """Hours on all devices that were asked about, one contender after another; the slowest first."""
+        found: dict[str, float] = {}
+        for cost in self.costs:
+            if cost.wall_hours is not None:
+                found[cost.contender] = found.get(cost.contender, 0.0) + cost.wall_hours
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def download_bytes(self) -> int:
+        """Of the files whose size is known."""
+        return sum(one.bytes or 0 for one in self.downloads)
+
+    def document(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        totals = {"hours": self.hours, "unknown": self.unknown, "wall_hours": self.by_contender, "download_bytes": self.download_bytes}
+        totals |= {"disk_bytes": sum(cost.disk_bytes for cost in self.costs)}
+        found: dict[str, Any] = strict.as_plain(self) | {"totals": totals}
+        return found
+
+
+def estimate(plan: Plan, gpus: int = 1) -> Budget:
+    """What is left to do of a plan, and what that takes on `gpus` devices.
+
+    Raises:
+        UserError: a file of this machine that the estimate reads is damaged.
+    """
+    speeds = _measured()
+    costs = tuple(_cost(member, suite, speeds, gpus) for member in plan.members for suite in member.suites)
+    runs = settings().runs / "train"
+    trainings = tuple(
+        (training.name, training.cfg.steps, training.cfg.needs)
+        for training in plan.trainings
+        if not (runs / training.name / "run.json").exists() or records.read_run(runs / training.name).status != records.DONE
+    )
+    device = hardware.name(baselines.device())
+    return Budget(plan.name, plan.study.needs, device, gpus, costs, trainings, tuple(_downloads(plan)), tuple(studies.lacking(plan, fetched=True)))
+
+
+def _cost(member: Member, spelled: str, measured: dict[str, Speed], gpus: int) -> Cost:
+    suite, frames = member.suites[spelled], member.frames[spelled]
+    directory = settings().runs / "bench" / member.name / suite.name
+    clips, there = len(suite.items), records.read_clips(directory)
+    left = max(0, clips - len(there))
+    speed = _speed(member, frames, directory, measured)
+    seconds = frames / speed.fps if speed else None
+    size = _size(directory, there)
+    height, width = _shape(member)
+    each = size if size is not None else frames * height * width * BITS_PER_PIXEL / 8
+    return Cost(
+        contender=member.name.partition("/")[2] or member.name,
+        suite=suite.name,
+        clips=clips,
+        there=len(there),
+        frames=frames,
+        fps=speed.fps if speed else None,
+        source=speed.source if speed else "nobody says",
+        hours=0.0 if not left else None if seconds is None else left * seconds / 3600,
+        wall_hours=0.0 if not left else None if seconds is None else -(-left // gpus) * seconds / 3600,
+        disk_bytes=round(left * each),
+        disk_measured=size is not None,
+    )
+
+
+def _shape(member: Member) -> tuple[int, int]:
+    """Height and width of a contender's frames."""
+    if isinstance(member.cfg, External):
+        return member.cfg.height, member.cfg.width
+    shape = Prepared(member.name, member.cfg, None).blank.shape
+    return shape.pixel_height, shape.pixel_width
+
+
+def _size(directory: Path, there: Sequence[Clip]) -> float | None:
+    """Mean bytes of the clips that are there."""
+    sizes = [path.stat().st_size for clip in there if (path := directory / clip.file).is_file()]
+    return sum(sizes) / len(sizes) if sizes else None
+
+
+def _speed(member: Member, frames: int, directory: Path, measured: dict[str, Speed]) -> Speed | None:
+    """Measured, here first; else as printed."""
+    if isinstance(member.cfg, External):
+        if times := external.times(directory):
+            return Speed(external.summary(times)["clip_fps"], f"measured over {len(times)} clips of this run")
+    else:
+        metric = "e2e_fps" if frames > timing.CLIP else "clip_fps"  # a long clip is a stream for the most part
+        for name in (metric, "clip_fps"):
+            if found := measured.get(f"{name} {profiling.same_speed(member.cfg)}"):
+                return found
+    rows = [row for row in published.about(member.system) if row.metric == "fps"]
+    rows.sort(key=lambda row: BELIEVED.index(row.whose))
+    return next((Speed(row.value, f"printed by {row.by} ({row.where}); {row.whose}") for row in rows), None)
+
+
+def _measured() -> dict[str, Speed]:
+    """Metric and settings -> speed in a profile that is here or kept as a record: of this machine rather than another, then the latest."""
+    own = [path.parent for path in sorted((settings().runs / "profile").rglob("run.json"))]
+    kept = sorted((settings().reports / "records" / "profile").rglob("*.json"))
+    here = hardware.name(baselines.device())
+    found: list[tuple[tuple[bool, str], str, Speed]] = []
+    for source in (*own, *kept):
+        run = evidence.run_of(source)
+        if run.status != records.DONE:
+            continue
+        machine = run.name.rpartition("/")[2]
+        for timed in evidence.read_timings(source).values():
+            plain = {"title": "", "weights": {"file": ""}, "license": {"code": "", "weights": ""}} | run.inputs["contenders"][timed.contender][
+                "baseline"
+            ]
+            try:
+                cfg: Baseline = strict.build(Baseline, plain, where=str(source))
+            except UserError:  # of settings that there are no longer
+                continue
+            for metric in ("clip_fps", "e2e_fps"):
+                if column := timed.columns.get(f"profile.{metric}"):
+                    speed = Speed(timing.spread(column).median, f"measured on {machine}")
+                    found.append(((machine == here, run.ended or ""), f"{metric} {profiling.same_speed(cfg)}", speed))
+    return {key: speed for _, key, speed in sorted(found, key=lambda entry: entry[0])}
+
+
+def _downloads(plan: Plan) -> Iterator[Download]:
+    """The files that are not in their place, each once."""
+    wanted: dict[Item, tuple[dict[str, None], str]] = {}
+
+    def want(items: Sequence[Item], who: str, command: str) -> None:
+        for item in items:
+            wanted.setdefault(item, ({}, command))[0][who] = None
+
+    for member in plan.members:
+        if member.training is None:
+            want(fetch.items_of(member.cfg), member.name.partition("/")[2], f"rfbench fetch {member.baseline}")
+    for training in plan.trainings:
+        for item in fetch.items_of_recipe(training.cfg):
+            which = f"--include '{item.file}'" if item.several else item.file
+            want([item], training.name.partition("/")[2], f"hf download {item.repo} {which} --local-dir {settings().weights / item.repo}")
+    for scorer in plan.study.scorers:
+        want(fetch.items_of_scorer(scorer), scorer, f"rfbench fetch {scorer}")
+    for item, (who, command) in wanted.items():
+        if not fetch.right(settings().weights / item.repo, item):
+            yield Download(item.repo, item.file, item.bytes, tuple(who), command)
+
+
+def show(budget: Budget) -> None:
+    """The estimate as tables on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+    table = Table(title=f"what is left of {budget.study}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    several = budget.gpus > 1
+    for column in ("", "suite", "clips", "there", "frames", "hours", *([f"on {budget.gpus}"] if several else []), "disk", "FPS", "says who"):
+        table.add_column(column, justify="left" if column in ("", "suite", "says who") else "right", overflow="fold")
+    for cost in budget.costs:
+        disk = ("" if cost.disk_measured else "about ") + decimal(cost.disk_bytes)
+        fps = "?" if cost.fps is None else f"{cost.fps:.4g}"
+        wall = [_hours(cost.wall_hours)] if several else []
+        table.add_row(
+            cost.contender, cost.suite, str(cost.clips), str(cost.there), str(cost.frames), _hours(cost.hours), *wall, disk, fps, cost.source
+        )
+    console.print(table)
+    for line in sentences(budget):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def sentences(budget: Budget) -> list[str]:
+    """What an estimate adds up to."""
+    disk = sum(cost.disk_bytes for cost in budget.costs)
+    found = [f"making clips: {_hours(budget.hours)} GPU-hours, {decimal(disk)} of disk; training, scoring and timing are not in this"]
+    if budget.unknown:
+        found[0] = found[0].replace(": ", ": at least ", 1)
+        found.append(f"nobody says how fast {', '.join(budget.unknown)} {'is' if len(budget.unknown) == 1 else 'are'}: profile it, or make a clip")
+    slowest = budget.by_contender
+    if slowest and budget.hours:
+        name, hours = next(iter(slowest.items()))
+        total = sum(slowest.values())
+        on = f"on {budget.gpus} GPUs" if budget.gpus > 1 else "on one GPU"
+        found.append(f"{on}, one contender after another: {_hours(total)} hours; the bottleneck is {name}, {_hours(hours)} ({hours / total:.0%})")
+    found += [f"to train: {name}, {steps} steps; {needs or 'what it needs is not stated'}" for name, steps, needs in budget.trainings]
+    for command in dict.fromkeys(one.command for one in budget.downloads):
+        files = [one for one in budget.downloads if one.command == command]
+        sizes = ", ".join(f"{one.file} {'of unknown size' if one.bytes is None else decimal(one.bytes)}" for one in files)
+        found.append(f"to fetch: {command} ({sizes})")
+    if budget.downloads:
+        unsized = sum(one.bytes is None for one in budget.downloads)
+        found.append(f"to fetch in all: {decimal(budget.download_bytes)}{f' and {unsized} files of unknown size' if unsized else ''}")
+    found.append(f"needs: {budget.needs or 'not stated'}; here: {budget.device}")
+    return found + [f"missing here: {sentence}" for sentence in budget.lacking]
+
+
+def _hours(hours: float | None) -> str:
+    return "?" if hours is None else f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}" if hours < 10 else f"{hours:.1f}"
