@@ -230,6 +230,8 @@ def profile(
     processes: Annotated[int, typer.Option("--processes", min=1, help="Sets of fresh processes that repeat it all, one after another.")] = 1,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
     ladder: Annotated[bool, typer.Option("--ladder", help="From a plain loop to the sampler and its approximations, step by step.")] = False,
+    batch: Annotated[str | None, typer.Option("--batch", help="Clips per second against clips made together.", metavar="1,2,4")] = None,
+    streams: Annotated[bool, typer.Option("--streams", help="The most streams at once that meet their deadlines.")] = False,
     training: Annotated[bool, typer.Option("--train", help="The steps of a recipe instead, phase by phase.")] = False,
     name: Name = None,
     fresh: Fresh = False,
@@ -238,21 +240,22 @@ def profile(
     """Time baselines chunk by chunk, in turn; the last line on stdout is one JSON document."""
     from rfbench import profiling as verb
 
-    if ladder or training:
+    how: dict[str, Any] = {"name": name, "repeats": repeats, "random_weights": random_weights, "fresh": fresh}
+    alone = {"--ladder": ladder, "--train": training, "--batch": batch is not None, "--streams": streams}
+    if any(alone.values()):
         (target, fields), *others = verb.grouped(baselines)
-        if compare or others or processes != 1 or (ladder and training):
-            raise UserError("--ladder takes one baseline and --train one recipe, each by itself; leave out --compare and --processes")
-        from rfbench import anatomy
+        if compare or others or processes != 1 or sum(alone.values()) > 1:
+            raise UserError(f"{', '.join(alone)} take one baseline, or one recipe, each by itself; leave out --compare and --processes")
+        from rfbench import anatomy, load
         from rfbench import ladder as climb
 
-        part: Any = anatomy if training else climb
-        how: dict[str, Any] = {"repeats": repeats} | ({} if training else {"chunks": chunks})
-        directory = part.profile(target, fields, name=name, random_weights=random_weights, fresh=fresh, **how)
+        part: Any = anatomy if training else climb if ladder else load
+        how |= ({} if training else {"chunks": chunks}) | ({"batches": load.counts(batch)} if batch is not None else {})
+        directory = part.profile(target, fields, **how)
         if os.environ.get("RANK", "0") == "0":  # of the processes of a launch, one speaks
             print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json)
         return
-    rounds = {"chunks": chunks, "repeats": repeats, "processes": processes}
-    directory = verb.profile(baselines, name=name, compare=compare, random_weights=random_weights, fresh=fresh, **rounds)
+    directory = verb.profile(baselines, compare=compare, chunks=chunks, processes=processes, **how)
     print_profile({"path": _shown(directory)} | verb.document(directory, compare), verb.table, as_json)
 
 

@@ -25,7 +25,7 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import RANDOM
 from rfbench.settings import settings
-from rfbench.stopwatch import Worker, beyond
+from rfbench.stopwatch import Worker, possible
 from rfbench.timing import STEADY, TIMINGS, Round
 
 
@@ -126,16 +126,6 @@ def in_turn(
             run.record(hardware=[*run.run.recorded.get("hardware", []), {"before": before, "after": hardware.state(device)}])
             run.result.update(timings=summary(timing.read_rounds(directory), run.run.name), rounds_sha256=records.sha256_of(path))
     return directory
-
-
-def possible(ready: Prepared, chunks: int) -> int:
-    """How many of the wanted chunks can be timed: 0 without chunks or where a whole clip of them is in work at once, no more than one
-    rollout has; some more than are timed have to be made."""
-    sampler = ready.cfg.sampler
-    if sampler.chunk is None or sampler.solver == "forcing":
-        return 0
-    longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
-    return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])
 
 
 def take_round(workers: Mapping[str, Worker], process: int, number: int, place: int) -> Round:

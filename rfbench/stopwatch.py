@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,9 +124,9 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     latents = ready.latents(CLIP, "the profile")
     lean = sampler.lean_of(backbone, ready.cfg.sampler)
     begun = time.time()
-    first = time_clip(backbone, ready.cfg.sampler, lean, prompts[0], latents, 0)[0].readable
+    first = time_clips(backbone, ready.cfg.sampler, lean, prompts[:1], latents, [0])[0].readable
     for _ in range(WARM_UPS - 1):
-        time_clip(backbone, ready.cfg.sampler, lean, prompts[0], latents, 0)
+        time_clips(backbone, ready.cfg.sampler, lean, prompts[:1], latents, [0])
     what, _ = meter()
     energy, whose = hardware.energy(baselines.device())
     cold, warmed = (None, None) if ready.weights is None else (begun - born + first, time.time() - born)  # drawing weights is not loading them
@@ -163,7 +163,7 @@ def take(contestant: Contestant, number: int) -> Turn:
     """One turn: a clip, then a stream at whose end the prompt switches."""
     _, peak = meter()
     backbone, cfg, lean = contestant.backbone, contestant.sampler, contestant.lean
-    clip = time_clip(backbone, cfg, lean, contestant.prompts[0], contestant.latents, number)
+    clip = time_clips(backbone, cfg, lean, contestant.prompts[:1], contestant.latents, [number])
     joint = cfg.cache is not None and lean is not None and "joint" in lean.taken
     stream, joules, apart = tuple[Chunk, ...](), None, tuple[Chunk, ...]()
     if contestant.chunks:
@@ -244,10 +244,12 @@ class Clock:
 
 
 @torch.no_grad()
-def time_clip(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompt: str, latents: int, seed: int) -> tuple[Chunk, ...]:
-    """The chunks of a clip of CLIP frames, from the request with a new prompt on."""
+def time_clips(
+    backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: Sequence[str], latents: int, seeds: Sequence[int]
+) -> tuple[Chunk, ...]:
+    """The chunks of clips of CLIP frames that are made together, from the request with new prompts on."""
     clock = Clock()
-    return _timed(clock, backbone, cfg, lean, _texts(backbone, cfg, prompt), latents, seed, frames=CLIP)
+    return Film(clock, backbone, cfg, lean, _texts(backbone, cfg, prompts), latents, seeds, frames=CLIP).whole()
 
 
 @torch.no_grad()
@@ -257,9 +259,23 @@ def time_stream(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, promp
     Both prompts are encoded before the clock starts.
     """
     assert cfg.chunk is not None
-    texts, other = _texts(backbone, cfg, prompts[0]), backbone.encode_text([prompts[1]])
+    texts, other = _texts(backbone, cfg, prompts[:1]), backbone.encode_text([prompts[1]])
     switches = [] if cfg.solver == "rolling" else [(chunks * cfg.chunk, other)]
-    return _timed(Clock(), backbone, cfg, lean, texts, (chunks + beyond(cfg)) * cfg.chunk, seed, switches=switches)[: chunks + 1]
+    return Film(Clock(), backbone, cfg, lean, texts, (chunks + beyond(cfg)) * cfg.chunk, [seed], switches=switches).whole()[: chunks + 1]
+
+
+@torch.no_grad()
+def time_streams(
+    backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: Sequence[str], chunks: int, seeds: Sequence[int]
+) -> tuple[tuple[Chunk, ...], ...]:
+    """Streams of `chunks` chunks that begin at once and take turns, a chunk each; their prompts are encoded before the clock starts."""
+    assert cfg.chunk is not None
+    texts, latents, clock = [_texts(backbone, cfg, [prompt]) for prompt in prompts], (chunks + beyond(cfg)) * cfg.chunk, Clock()
+    films = [Film(clock, backbone, cfg, lean, text, latents, [seed]) for text, seed in zip(texts, seeds, strict=True)]
+    for _ in range(chunks):
+        for film in films:
+            film.advance()
+    return tuple(film.rows() for film in films)
 
 
 def beyond(cfg: SamplerCfg) -> int:
@@ -267,44 +283,70 @@ def beyond(cfg: SamplerCfg) -> int:
     return 1 if cfg.solver != "rolling" or isinstance(cfg.steps, int) else max(1, len(cfg.steps) - 1)
 
 
-def _texts(backbone: Backbone, cfg: SamplerCfg, prompt: str) -> tuple[Tensor, Tensor | None]:
-    return backbone.encode_text([prompt]), None if cfg.guidance == 1.0 else backbone.encode_text([cfg.negative])
+def possible(ready: Prepared, chunks: int) -> int:
+    """How many of the wanted chunks can be timed: 0 without chunks or where a whole clip of them is in work at once, no more than one
+    rollout has; some more than are timed have to be made."""
+    sampler = ready.cfg.sampler
+    if sampler.chunk is None or sampler.solver == "forcing":
+        return 0
+    longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
+    return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])
 
 
-def _timed(
-    clock: Clock,
-    backbone: Backbone,
-    cfg: SamplerCfg,
-    lean: LeanDiT | None,
-    texts: tuple[Tensor, Tensor | None],
-    latents: int,
-    seed: int,
-    *,
-    frames: int | None = None,
-    switches: Sequence[tuple[int, Tensor]] = (),
-) -> tuple[Chunk, ...]:
-    """Stamps of a stream, or of its first `frames` frames."""
-    stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
-    readable: list[tuple[Callable[[], float], int, int | None]] = []
-    coming: list[Callable[[], Tensor]] = []
-    decode = backbone.decoder()
-
-    def mark(event: str) -> None:
-        stamps[event].append(clock.queue())
-
-    noise = sampler.clip_noise(backbone, [seed])
-    for chunk in sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=texts[1], switches=switches, mark=mark, lean=lean):
-        pixels = decode(chunk.latent_BFCHW)
-        shown = video.as_uint8(pixels if frames is None else pixels[:, : frames - sum(made for _, made, _ in readable)])
-        coming.append(to_host(shown))
-        readable.append((clock.queue(beside=shown.device), shown.shape[1], held()))
-        if len(coming) > 1:
-            coming.pop(0)()  # as `generate` takes them: those of one chunk while the next one is made
-    return tuple(_rows(stamps, readable))
+def _texts(backbone: Backbone, cfg: SamplerCfg, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    return backbone.encode_text(list(prompts)), None if cfg.guidance == 1.0 else backbone.encode_text([cfg.negative] * len(prompts))
 
 
-def _rows(stamps: dict[str, list[Callable[[], float]]], readable: list[tuple[Callable[[], float], int, int | None]]) -> Iterable[Chunk]:
-    for index, (seen, frames, kept) in enumerate(readable):
-        begin, denoised = (round(stamps[event][index](), 7) for event in ("begin", "denoised"))
-        cached = round(stamps["cached"][index](), 7) if index < len(stamps["cached"]) else None
-        yield Chunk(index, frames, begin, denoised, round(seen(), 7), cached, kept)
+class Film:
+    """A stream of clips that are made together, or its first `frames` frames, and the stamps of its chunks."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        backbone: Backbone,
+        cfg: SamplerCfg,
+        lean: LeanDiT | None,
+        texts: tuple[Tensor, Tensor | None],
+        latents: int,
+        seeds: Sequence[int],
+        *,
+        frames: int | None = None,
+        switches: Sequence[tuple[int, Tensor]] = (),
+    ) -> None:
+        self.clock, self.frames, self.decode = clock, frames, backbone.decoder()
+        self.stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
+        self.readable: list[tuple[Callable[[], float], int, int | None]] = []
+        self.coming: list[Callable[[], Tensor]] = []
+        noise, null = sampler.clip_noise(backbone, seeds), texts[1]
+        self.chunks = sampler.stream(backbone, texts[0], latents, cfg, noise, null_BLE=null, switches=switches, mark=self._mark, lean=lean)
+
+    def _mark(self, event: str) -> None:
+        self.stamps[event].append(self.clock.queue())
+
+    def advance(self) -> bool:
+        """Make the next chunk, whose frames go to the host while the one after it is made; whether there was one."""
+        chunk = next(self.chunks, None)
+        if chunk is None:
+            return False
+        pixels, left = self.decode(chunk.latent_BFCHW), None if self.frames is None else self.frames - sum(made for _, made, _ in self.readable)
+        shown = video.as_uint8(pixels[:, :left])
+        self.coming.append(to_host(shown))
+        self.readable.append((self.clock.queue(beside=shown.device), shown.shape[1], held()))
+        if len(self.coming) > 1:
+            self.coming.pop(0)()  # as `generate` takes them
+        return True
+
+    def whole(self) -> tuple[Chunk, ...]:
+        """Make all of it."""
+        while self.advance():
+            pass
+        return self.rows()
+
+    def rows(self) -> tuple[Chunk, ...]:
+        """What there is so far."""
+        return tuple(self._row(index, *seen) for index, seen in enumerate(self.readable))
+
+    def _row(self, index: int, seen: Callable[[], float], frames: int, kept: int | None) -> Chunk:
+        begin, denoised = (round(self.stamps[event][index](), 7) for event in ("begin", "denoised"))
+        cached = round(self.stamps["cached"][index](), 7) if index < len(self.stamps["cached"]) else None
+        return Chunk(index, frames, begin, denoised, round(seen(), 7), cached, kept)

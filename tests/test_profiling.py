@@ -253,7 +253,7 @@ def test_what_goes_wrong_in_a_process_is_told_by_the_one_that_asked(tmp_path):
 
 def test_a_bidirectional_model_has_only_whole_clips(tmp_path):
     ready = baselines.prepare(models.write(tmp_path, "teacher", sampler=models.TEACHER, max_latents=21))
-    assert profiling.possible(ready, 20) == 0
+    assert stopwatch.possible(ready, 20) == 0
     one = stopwatch.take(stopwatch.warm(ready, 0, 0.0), 0)
     assert (one.stream, len(one.clip), one.clip[0].frames, one.clip[0].cached) == ((), 1, 81, None)
     assert one.cold_start_s is not None and one.cold_start_s > 1e9  # since 1970
@@ -263,7 +263,7 @@ def test_a_model_with_all_frames_in_work_has_only_whole_clips(tmp_path):
     """Three chunks of 8 latent frames, one step apart: 81 frames are 21 of the 24, and the last chunk is cut."""
     staggered = {"steps": 3, "shift": 5.0, "solver": "forcing", "chunk": 8, "lag": 1, "guidance": 2.0}
     ready = baselines.prepare(models.write(tmp_path, "staggered", sampler=staggered))
-    assert profiling.possible(ready, 20) == 0
+    assert stopwatch.possible(ready, 20) == 0
     one = stopwatch.take(stopwatch.warm(ready, 0, 0.0), 0)
     assert one.stream == () and [chunk.frames for chunk in one.clip] == [29, 32, 20]
     assert [chunk.cached is None for chunk in one.clip] == [False, False, True]
@@ -272,7 +272,7 @@ def test_a_model_with_all_frames_in_work_has_only_whole_clips(tmp_path):
 def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
     reroll = models.STUDENT | {"reroll": {"latents": 21, "overlap": 3}}
     for more, wanted in (({}, 40), ({"max_latents": 24}, 7), ({"sampler": reroll}, 6), ({"sampler": reroll, "max_latents": 12}, 3)):
-        assert profiling.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
+        assert stopwatch.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
 
 
 def test_a_joint_window_is_timed_while_it_is_full(tmp_path):
@@ -397,7 +397,7 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["a", "b", "--ladder"], "takes one baseline"),
+        (["a", "b", "--ladder"], "take one baseline"),
         (["toy/teacher", "--ladder", "--random-weights"], "has no ladder"),
         (["toy/ode-init", "--ladder", "--chunks", "4"], "never gets steady"),
     ],
