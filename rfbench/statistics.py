@@ -188,7 +188,8 @@ def _draws(table: Array, count: Array, stream: int) -> Array:
     seeds, prompts = table.shape
     drawn = _weights(prompts, 0)
     total = drawn @ table.mean(0) if seeds == 1 else ((_weights(seeds, 1 + stream) @ table) * drawn).sum(1) / seeds
-    return np.asarray(total / (drawn @ count))
+    clips = count.sum() if (count == count[0]).all() else drawn @ count  # as many of each prompt: as many in each resample
+    return np.asarray(total / clips)
 
 
 @functools.lru_cache(maxsize=64)

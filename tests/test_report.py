@@ -99,32 +99,26 @@ def write_runs(root: Path, prompts: list[str]) -> None:
     (root / "rfbench.toml").write_text('[paths]\nruns = "runs"\nreports = "reports"\n')
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def pristine(recorded: Path) -> Path:
     """Runs of a study with one contender missing and one hostile prompt."""
-    root = tmp_path_factory.mktemp("study")
-    write_runs(root, [*PROMPTS, HOSTILE])
-    return root
+    return recorded
 
 
 @pytest.fixture
 def root(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy that a test may break."""
     copy = tmp_path / "copy"
-    shutil.copytree(pristine, copy)
+    shutil.copytree(pristine, copy, ignore=shutil.ignore_patterns("reports"))
     monkeypatch.chdir(copy)
     monkeypatch.delenv("RFBENCH_TOML", raising=False)
     return copy
 
 
-@pytest.fixture(scope="module")
-def written(pristine: Path) -> Path:
+@pytest.fixture(scope="session")
+def written(recorded: Path) -> Path:
     """The report of the unbroken study."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(pristine)
-        patch.delenv("RFBENCH_TOML", raising=False)
-        page = report.report([], study="study.yaml", out=pristine / "reports", record=True)
-    return page.parent
+    return recorded / "reports" / "study"
 
 
 def board_of(root: Path) -> tuple[Board, dict[str, claims.Finding]]:

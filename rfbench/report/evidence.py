@@ -24,6 +24,8 @@ from rfbench.scorers.base import Metric, verify_video
 from rfbench.strict import build
 from rfbench.timing import Chunk, Key
 
+REAL = (int, float)  # a union is made anew whenever it is written out, which millions of values feel
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -162,7 +164,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
         if not values.get(name):
             values[name] = {clip: sum(parts) / len(parts) for clip, parts in parts_of.items()}
     for name, column in values.items():
-        bad = [clip for clip, value in column.items() if not isinstance(value, int | float) or not math.isfinite(value)]
+        bad = [clip for clip, value in column.items() if not isinstance(value, REAL) or not math.isfinite(value)]
         for clip in bad[:1]:
             raise UserError(f"{where}: '{name}' of clip {clip} is {column[clip]}, not a number; {again}")
     ids = {clip.id for clip in bench.clips}
@@ -222,19 +224,16 @@ def _written_rows(bench: Bench, scorer: str, where: str, again: str) -> tuple[di
         raise UserError(f"{where}: {scorer}.jsonl is not what the scorer wrote; {again}")
     values: dict[str, dict[str, float]] = {name: {} for name in note["metrics"]}
     pieces: dict[str, dict[str, dict[int, float]]] = {name: {} for name in note["metrics"]}
-    seen = set()
     for row in records.read_rows(folder / f"{scorer}.jsonl", Score):
         if row.clip not in ids or row.metric not in values:
             raise UserError(f"{where}: a row is about clip {row.clip}, metric '{row.metric}', which the run or the scorer does not have; {again}")
-        if not isinstance(row.value, int | float) or not math.isfinite(row.value):
+        if not isinstance(row.value, REAL) or not math.isfinite(row.value):
             raise UserError(f"{where}: '{row.metric}' of clip {row.clip} is {row.value}, not a number; {again}")
-        if (row.metric, row.clip, row.segment) in seen:
+        column: dict[Any, float] = values[row.metric] if row.segment is None else pieces[row.metric].setdefault(row.clip, {})
+        key = row.clip if row.segment is None else row.segment
+        if key in column:
             raise UserError(f"{where}: '{row.metric}' of clip {row.clip} is there twice; {again}")
-        seen.add((row.metric, row.clip, row.segment))
-        if row.segment is None:
-            values[row.metric][row.clip] = float(row.value)
-        else:
-            pieces[row.metric].setdefault(row.clip, {})[row.segment] = float(row.value)
+        column[key] = float(row.value)
     return note, values, {name: _in_order(found, f"{where}: '{name}'", again) for name, found in pieces.items() if found}
 
 
