@@ -79,10 +79,10 @@ def dying(work: Callable[[], Any], at: int) -> Callable[[], Any]:
 
 
 def files_of(folder: Path) -> dict[str, Any]:
-    """Every file below; JSON without what a second sitting changes."""
+    """Every file below, but for what only remembers times of files; JSON without what a second sitting changes."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file():
+        if not path.is_file() or path.name == ".seen.json":
             continue
         name = str(path.relative_to(folder))
         found[name] = path.read_bytes()
