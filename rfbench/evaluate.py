@@ -56,7 +56,7 @@ def evaluate(
     """Score a finished run, or with `partial` what there is of an unfinished one; by those that need no weights if none is named.
 
     `against` is the run that scorers which compare are to compare with. With engine "ray" the `workers` of a cluster judge the clips,
-    but for scorers that look at them together; the scores are the same. Every scorer has its turn, whatever becomes of the one before.
+    but for scorers that look at them together or sum them up; the scores are the same. Every scorer has its turn, whatever becomes of the one before.
 
     Returns:
         the directory of the scores.
@@ -99,10 +99,13 @@ Judge = Callable[[Scorer, list[Clip], Path], Iterable[Answer]]
 
 
 def _spreading(engine: fleet.Engine, workers: int | None) -> Judge:
-    """How a scorer is asked about clips: here, or by workers that take a few clips at a time."""
+    """How a scorer is asked about clips: here, or by workers that take a few clips at a time.
+
+    A scorer that sums up keeps books of its own beside its scores, which are for one process to write.
+    """
 
     def asked(scorer: Scorer, clips: list[Clip], run: Path) -> Iterable[Answer]:
-        if engine == "here" or scorer.together:
+        if engine == "here" or scorer.together or isinstance(scorer, Summarising):
             return scorer.score(clips, run)
         batches = [clips[start : start + AT_ONCE] for start in range(0, len(clips), AT_ONCE)]
         return itertools.chain.from_iterable(fleet.spread(functools.partial(_judge, scorer, run.resolve()), batches, workers))

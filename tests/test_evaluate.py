@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rfbench import evaluate, records
+from rfbench import evaluate, fleet, records
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
 from rfbench.report import evidence
@@ -124,6 +125,31 @@ def test_what_does_not_belong_to_the_clips_is_made_again(run, spoken, damage, ag
     evaluate.evaluate(run, ["spoken"])
     assert spoken.asked == CLIPS + (CLIPS if together else again)
     assert rows.read_bytes() == wanted
+
+
+class Summing(Spoken):
+    """One that adds its clips up."""
+
+    sparse: frozenset[str] = frozenset()
+
+    def summary(self, clips: list[Clip], out: Path, *, partial: bool) -> dict[str, Any]:
+        return {"clips": len(clips)}
+
+
+@pytest.mark.parametrize(("kind", "spreads"), [(Spoken, True), (Summing, False)])
+def test_workers_judge_for_whoever_keeps_no_books_of_its_own(run, monkeypatch, kind, spreads):
+    scorer, spread = kind(), list[list[str]]()
+
+    def workers(opener, batches, count):
+        judge = opener()
+        for batch in batches:
+            spread.append([clip.id for clip in batch])
+            yield judge(batch)
+
+    monkeypatch.setattr(fleet, "spread", workers)
+    monkeypatch.setattr(evaluate, "pick", lambda *_, **__: scorer)
+    evaluate.evaluate(run, ["spoken"], engine="ray", workers=2)
+    assert spread == ([CLIPS] if spreads else []) and scorer.asked == CLIPS and note_of(run)["clips"] == len(CLIPS)
 
 
 def test_a_crash_loses_nothing_and_a_rerun_goes_on(run, spoken):
