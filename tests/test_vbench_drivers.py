@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 
 import rfbench
+from benchmarks.vbench import ABOUT
 
 PYTHON = os.environ.get("RFBENCH_VBENCH_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs the environment vbench; `make test-vbench` builds it")
-ABOUT = {
-    "object_class": {"object": "person"},
-    "multiple_objects": {"object": "dog and cat"},
-    "color": {"color": "red"},
-    "spatial_relationship": {"spatial_relationship": {"object_a": "dog", "object_b": "cat", "relationship": "on the left of"}},
-    "scene": {"scene": {"scene": "alley"}},
-    "appearance_style": {"appearance_style": "Van Gogh style"},
-}
 
 
 @pytest.fixture(scope="module")
