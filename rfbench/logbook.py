@@ -31,7 +31,7 @@ def writing(directory: Path, name: str, step: int, *, tracker: str | None, about
     log = directory / "log.jsonl"
     _keep_rows(log, step)
     with records.appending(log) as append, contextlib.ExitStack() as stack:
-        track = stack.enter_context(_tracking(tracker, directory, name, about)) if tracker else None
+        track = stack.enter_context(_tracking(tracker, directory, name, step, about)) if tracker else None
 
         def write(step: int, rows: Sequence[Row]) -> None:
             found = means(rows)
@@ -55,11 +55,11 @@ def check_tracker(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _tracking(tracker: str, directory: Path, name: str, about: Mapping[str, Any]) -> Iterator[Callable[[int, dict[str, float]], None]]:
+def _tracking(tracker: str, directory: Path, name: str, step: int, about: Mapping[str, Any]) -> Iterator[Callable[[int, dict[str, float]], None]]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind = LOGGER_TYPE_TO_CLASS[tracker]
-    where = {"logging_dir": str(directory)} if kind.requires_logging_directory else {}
+    where = {"logging_dir": str(directory), "purge_step": step + 1} if tracker == "tensorboard" else {}
     found = kind(name.replace("/", "-"), **where)
     found.start()
     found.store_init_configuration(dict(about))

@@ -33,6 +33,10 @@ from rfbench.baselines import device
 from rfbench.errors import UserError
 
 PATIENCE = timedelta(hours=2)  # with which ranks wait for each other: one of them may be hashing files or rendering samples
+UNREAD = {  # what `accelerate launch` or its configuration file may ask for and nobody here would do -> what stands for not asking
+    **dict.fromkeys(("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"), "false"),
+    **dict.fromkeys(("MIXED_PRECISION", "DYNAMO_BACKEND"), "no"),
+}
 REASON = "reason"  # key under which the first process that fails leaves its sentence
 
 Part = TypeVar("Part")
@@ -189,9 +193,20 @@ def joined(*, share: int | None = None, offload: bool = False) -> Iterator[Ranks
     A process that fails ends the others. The first one to fail says why, and they end without a word of their own.
 
     Raises:
-        UserError: `share` does not divide the processes; a process of the run has ended (code 1).
+        UserError: `share` does not divide the processes; they were launched with settings that nobody reads; a process of the run has
+            ended (code 1).
     """
+    unread = [name for name, idle in UNREAD.items() if os.environ.get(f"ACCELERATE_{name}", idle).lower() != idle]
+    if unread:
+        raise UserError(
+            f"accelerate's {', '.join(unread).lower()} is set, which training does not follow; leave it out of `accelerate launch` and its "
+            "configuration file: the recipe says the precision, and --share how networks are split"
+        )
     launched = "RANK" in os.environ
+    if not launched and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+        raise UserError(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says; give --multi_gpu in its place, with or without GPUs"
+        )
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if size == 1 and not offload:
         if share not in (None, 1):

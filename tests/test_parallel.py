@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from rfbench.methods.base import METHODS, Batch
 from rfbench.parallel import Ranks, joined
 from rfbench.records import read_run
 from rfbench.registry import pick
-from rfbench.settings import settings
+from rfbench.settings import HOME, settings
 from rfbench.train import train
 from tests.ranks import launched
 from tests.test_train import EMA, OPTIM, Interrupted, interrupt, tiny, write
@@ -141,6 +143,33 @@ def test_a_failure_is_told_once_and_the_last_good_checkpoint_is_kept(who: str, t
         assert broken["step"] == 3 and broken["norm"] == "nan" and len(broken["clips"]) == 4
         assert all(isinstance(clip["seed"], int) and clip["prompt"] and "loss" in clip for clip in broken["clips"])
         assert "shared_seed" in broken
+
+
+def test_accelerate_launches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The miniature's own recipe and weights, with interpreters of their own; and a tracker, whose accelerate knows of the ranks, too."""
+    small = ["steps=2", "batch=2", "accumulate=2", "latents=3", "log_every=1", "checkpoint_every=1"]
+    alone = train("toy/reward-forcing", small, name="alone")
+    monkeypatch.setenv("PYTHONPATH", str(HOME))
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "--mixed_precision", "no", "-m", "rfbench.cli", "train", "toy/reward-forcing", *small, "--track", "tensorboard"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    many = run_of("toy/reward-forcing")
+    same(many, alone)
+    assert done.stdout.splitlines() == [str(many)] and read_run(many).recorded["processes"] == 2
+    assert len(list(many.glob("toy-reward-forcing/events.*"))) == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    with pytest.raises(UserError, match="accelerate's use_fsdp, mixed_precision is set") as raised:
+        train("toy/reward-forcing")
+    assert raised.value.code == 2
+    for name in ("USE_FSDP", "MIXED_PRECISION", "DYNAMO_BACKEND"):
+        monkeypatch.delenv(f"ACCELERATE_{name}")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="--cpu` starts one process whatever"):  # and says nothing of it
+        train("toy/reward-forcing")
 
 
 def test_a_wrong_request_is_told_once(tmp_path: Path) -> None:
