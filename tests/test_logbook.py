@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,9 @@ def events_of(directory: Path) -> dict[str, dict[int, float]]:
     return {tag: dict(rows) for tag, rows in shown.items()}
 
 
-def logged(directory: Path) -> dict[str, dict[int, float]]:
+def logged(directory: Path) -> dict[str, dict[int, Any]]:
     """The same of `log.jsonl`, but for histograms."""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[int, Any]] = {}
     for row in map(json.loads, (directory / "log.jsonl").read_text().splitlines()):
         step = row.pop("step")
         for key, value in row.items():
