@@ -147,9 +147,8 @@ def test_what_was_removed_is_found_by_the_manifest_and_by_git(clone: Path) -> No
     path.unlink()
     assert any("which" in sentence and "rests on" in sentence for sentence in found_in(clone))
     (clone / "reports/study/evidence.json").unlink()  # and all trace of it
-    assert sorted(sentence.partition(" was removed")[0] for sentence in found_in(clone)) == sorted(
-        [str(path), str(clone / "reports/study/evidence.json")]
-    )
+    gone = [sentence.partition(" was removed")[0] for sentence in found_in(clone) if " was removed" in sentence]
+    assert sorted(gone) == sorted([str(path), str(clone / "reports/study/evidence.json")])
 
 
 @pytest.mark.parametrize("what", ["clip", "score", "rounds"])
@@ -179,6 +178,19 @@ def test_a_report_of_runs_without_a_study_is_checked_too(recorded: Path, tmp_pat
     assert found_in(root) == []
     (root / "reports" / "leaderboard.csv").write_text("other")
     assert len(found_in(root)) == 1
+
+
+def test_a_report_without_records_has_to_say_so_itself(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = clone / "reports" / "other"
+    shutil.copytree(clone / "reports" / "study", other)
+    (other / checking.MANIFEST).unlink()
+    (sentence,) = found_in(clone)
+    assert f"{other} has tables and no evidence.json, so nothing of it can be checked" in sentence and "--study other --record" in sentence
+    readme = other / "README.md"
+    readme.write_text(readme.read_text() + f"\n**{checking.UNRECORDED}**\n")
+    assert found_in(clone) == []
+    report.report([], study=None, out=clone / "reports", check=True)
+    assert f"not checked: {other}, as its README.md says" in capsys.readouterr().err
 
 
 def test_what_could_not_be_read_stays_told_by_the_same_words(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,19 @@ def tab(chromium: browser.Tab, written: Path) -> Iterator[browser.Tab]:
     assert {url for url in chromium.requests if not url.startswith("data:")} == {written.as_uri()}
 
 
+def test_a_link_to_a_claim_shows_it_alone_with_what_decides_it(tab: browser.Tab) -> None:
+    seen = "[...document.querySelectorAll('.finding')].filter(one => one.checkVisibility()).map(one => one.id)"
+    assert len(tab.js(seen)) == 8 and not tab.js("[...document.querySelectorAll('.deciding')].some(one => one.open)")
+    tab.js("location.hash = '#claim-steadier'")
+    tab.until("document.querySelector('#claim-steadier details').open")
+    assert tab.js(seen) == ["claim-steadier"]
+    told = tab.js("document.querySelector('#claim-steadier').innerText")
+    for word in ("Prompt by prompt", "The interval that decides", "5.08 of reward-forcing/no-sink", "better on", "would change it"):
+        assert word in told
+    tab.js("document.querySelector('#claim-steadier a[href=\"#claims\"]').click()")
+    tab.until(f"{seen}.length === 8")
+
+
 NAMES = "[...document.querySelectorAll('.board')[0].tBodies].flatMap(body => [...body.rows]).filter(row => row.dataset.name && row.checkVisibility())"
 SPEED = "[...document.querySelectorAll('.board')[0].querySelectorAll('.sort')].find(one => one.textContent.startsWith('speed'))"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shutil
+import subprocess
 
 import pytest
 
@@ -52,6 +54,21 @@ def test_tables_say_who_printed_what(board):
     assert float(rows[0]["difference"]) == pytest.approx(own - 2.5, abs=1e-5) and rows[1]["difference"] == "" and rows[1]["whose"] == "competitor"
     html = page.to_html(board, (), (), "", ())
     assert "their paper ‡" in html and f"{sign}{abs(own - 2.5):.2f}</td>" in html
+
+
+def test_latex_has_printed_numbers_beside_measured_ones_and_compiles(board, tmp_path):
+    text = checking.texts(board, ())["leaderboard.tex"]
+    (line,) = [line for line in text.splitlines() if "& 2.50 &" in line]
+    own = board.cells["a", "short", "drift.drift"].value
+    assert own is not None
+    sign = "+" if own > 2.5 else "$-$"
+    wanted = ["a", "drift, short", "2.50", "its authors, table-1 of a paper", f"{own:.2f}", f"{sign}{abs(own - 2.5):.2f}"]
+    assert [cell.strip().removesuffix(" \\\\") for cell in line.split(" & ")] == wanted
+    assert r"their paper $\ddagger$" in text and text.count("\\begin{tabular}") == text.count("\\bottomrule") == 3
+    if shutil.which("pdflatex"):
+        (tmp_path / "all.tex").write_text("\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n")
+        command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "all.tex"]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
 
 
 def test_a_report_about_which_nothing_was_printed_has_no_such_table(board):

@@ -73,6 +73,8 @@ def _check(only: Path | None) -> Path:
     """
     reports = settings().reports
     found = checking.check(reports, settings().runs, only)
+    for sentence in () if only else checking.unchecked(reports):
+        say(sentence)
     for sentence in found:
         say(sentence)
     if found:

@@ -27,6 +27,7 @@ from rfbench.report.leaderboard import Board, Problems
 MANIFEST = "evidence.json"
 SCHEMA = 1
 PAGE = "index.html"  # made from videos, large, and not committed
+UNRECORDED = "No evidence records stand behind this report."  # what the README of a report has to say that cannot be checked
 
 
 def texts(board: Board, findings: tuple[Finding, ...]) -> dict[str, str]:
@@ -35,7 +36,7 @@ def texts(board: Board, findings: tuple[Finding, ...]) -> dict[str, str]:
     found = {
         "README.md": tables.to_markdown(board, findings, summary, commands, reported.to_markdown(board)),
         "leaderboard.csv": tables.to_csv(board),
-        "leaderboard.tex": tables.to_latex(board),
+        "leaderboard.tex": tables.to_latex(board) + reported.to_latex(board),
     }
     found |= {"claims.csv": tables.claims_csv(findings)} if findings else {}
     return found | ({"reported.csv": reported.to_csv(board)} if any(row.reported for row in board.rows) else {})
@@ -87,12 +88,34 @@ def check(reports: Path, runs: Path, only: Path | None = None) -> list[str]:
     store = reports / "records"
     broken = {str(path.relative_to(store)): why for path in sorted(store.rglob("*.json")) if (why := _wrong(path, store))}
     found = [*_removed(reports), *broken.values()]
+    found += [
+        f"{folder} has tables and no {MANIFEST}, so nothing of it can be checked; {_from_runs(folder)}, or say in its README.md: {UNRECORDED}"
+        for folder, told in _unrecorded(reports).items()
+        if not told
+    ]
     folders = [only] if only else sorted(path.parent for path in reports.rglob(MANIFEST))
     if not folders and not found:
         return [f"{reports} has no report with records; write one with `rfbench report --record`"]
     for folder in folders:
         found += _report(folder, store, broken)
     return found + list(_unlike_runs(store, runs, broken))
+
+
+def unchecked(reports: Path) -> list[str]:
+    """What `check` passes over below `reports` because it says of itself that there is nothing to hold it against, a sentence each."""
+    told = [folder for folder, told in _unrecorded(reports).items() if told]
+    return [f"not checked: {folder}, as its README.md says ({UNRECORDED.rstrip('.').lower()}); {_from_runs(folder)}" for folder in told]
+
+
+def _unrecorded(reports: Path) -> dict[Path, bool]:
+    """Folders with tables and no manifest, and whether their README says so."""
+    folders = [path.parent for path in sorted(reports.rglob("leaderboard.csv")) if not (path.parent / MANIFEST).is_file()]
+    readmes = {folder: folder / "README.md" for folder in folders}
+    return {folder: readme.is_file() and UNRECORDED in readme.read_text(encoding="utf-8") for folder, readme in readmes.items()}
+
+
+def _from_runs(folder: Path) -> str:
+    return f"write it again from its runs with `rfbench report --study {folder.name} --record`"
 
 
 def _wrong(path: Path, store: Path) -> str:

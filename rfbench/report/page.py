@@ -9,12 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import rfbench
-from rfbench.report import account, plots, reported, tradeoffs
+from rfbench import published as papers
+from rfbench.report import account, deciding, plots, reported, tradeoffs
 from rfbench.report.answers import answers, ranked
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
 from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell, Row
-from rfbench.report.tables import arrow, column_decimals, divided, finding_numbers, improvement, label, printed, published, ranged, shown, unit_of
+from rfbench.report.tables import (
+    arrow,
+    column_decimals,
+    divided,
+    finding_numbers,
+    improvement,
+    label,
+    left_out,
+    printed,
+    published,
+    ranged,
+    shown,
+    unit_of,
+)
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, NOT_RUN, REPRODUCED, VERDICTS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -67,6 +81,7 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
         sections=_sections(findings, scenes, plot_sections),
         findings=[_finding(board, finding) for finding in findings],
         tables=tables,
+        untested=_untested(findings),
         reported=reported.shown_rows(board),
         scenes=[_stills(scene, numbers) for scene in scenes],
         plot_sections=plot_sections,
@@ -114,6 +129,7 @@ def _finding(board: Board, finding: Finding) -> dict[str, Any]:
         difference = published(finding)
         told = f"{difference}{': ' if difference else ''}{finding.printed[0].text} against {finding.printed[1].text} ({finding.printed[0].table})"
     return {
+        "id": claim.id,
         "verdict": finding.verdict,
         "text": claim.text,
         "names": (claim.better, claim.than),
@@ -124,7 +140,16 @@ def _finding(board: Board, finding: Finding) -> dict[str, Any]:
         "improvement": improvement(board, finding),
         "drawing": _drawing(board, finding) if measured else None,
         "published": told,
+        "details": deciding.details(board, finding),
+        "plots": deciding.plots_of(board, finding),
     }
+
+
+def _untested(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Text and place of the paper's claims that a study about some of them does not test."""
+    tested = {finding.claim.says or finding.claim.id for finding in findings}
+    statements = papers.statements()
+    return [(one.text, one.said) for name, one in statements.items() if name not in tested] if tested & statements.keys() else []
 
 
 def _side(board: Board, cell: Cell | None) -> dict[str, str]:
@@ -159,12 +184,11 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
             ],
         }
         for i, row in enumerate(board.rows)
-        if any(board.cells[row.name, column, metric].state != LEFT_OUT for metric in board.columns[column])
     }
     closed, apart = divided(board, column)
-    groups = [("", [rows[name] for name in closed if name in rows])]
+    groups = [("", [rows[name] for name in closed])]
     for reason in dict.fromkeys(apart.values()):  # a reason is said once, above the rows that it holds for
-        groups.append((reason, [rows[name] for name, why in apart.items() if why == reason and name in rows]))
+        groups.append((reason, [rows[name] for name, why in apart.items() if why == reason]))
     heads = [
         {
             "label": label(metric),
@@ -175,13 +199,12 @@ def _table(board: Board, column: str, sources: dict[str, int]) -> dict[str, Any]
         }
         for metric in board.columns[column]
     ]
-    absent = [row.name for row in board.rows if row.name not in rows]
     return {
         "title": f"Speed on {column}" if timed else column,
         "subtitle": _subtitle(board, column, timed),
         "heads": heads,
         "groups": groups,
-        "absent": absent,
+        "absent": left_out(board, column),
     }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rfbench.published import Reported
 from rfbench.report.leaderboard import NUMBER, Board, Row
-from rfbench.report.tables import csv_of, in_markdown, label, markdown_table, shown, unit_of
+from rfbench.report.tables import csv_of, in_latex, in_markdown, label, markdown_table, shown, unit_of
 
 FPS = ("profile.e2e_fps", "profile.clip_fps")  # with everything counted; the first is of a stream, which some contenders do not have
 MARK = "‡"  # measured by a competitor
@@ -109,6 +110,27 @@ def to_markdown(board: Board) -> str:
         f"Difference: measured less reported, where the prompts and their number, the length and the metric are the same. {MARK} : by a competitor.\n"
     )
     return f"## Reported and measured\n\n{table}\n{note}"
+
+
+def to_latex(board: Board) -> str:
+    """The same as a booktabs table, with a line between contenders; nothing where nothing was printed about what the board has."""
+    found = [one for one in beside(board) if one.metric is not None]
+    if not found:
+        return ""
+    lines = [
+        "\n\\begin{table}[t]\n\\centering\n\\scriptsize",
+        f"\\caption{{{in_latex(board.title)}: reported and measured. Difference: measured less reported, within one protocol. "
+        "$\\ddagger$: measured by a competitor.}",
+        "\\begin{tabular}{llrp{0.3\\linewidth}rp{0.2\\linewidth}}\n\\toprule",
+        "contender & metric & reported & by & measured & difference \\\\",
+    ]
+    for name, several in itertools.groupby(found, key=lambda one: one.row):
+        lines.append("\\midrule")
+        for one in several:
+            what = in_latex(f"{label(one.metric or '')}, {one.column}")
+            numbers = (one.printed.text, in_latex(source(one)), in_latex(shown(one.measured, one.places)), in_latex(told(one)))
+            lines.append(" & ".join((in_latex(name), what, *numbers)) + " \\\\")
+    return "\n".join(lines) + "\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
 
 
 def to_csv(board: Board) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from rfbench.published import Reported
 from rfbench.report import claims
 from rfbench.report.claims import Finding
 from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell
@@ -159,6 +160,15 @@ def published(finding: Finding) -> str:
     return f"{finding.published:+.4g}{' %' if claims.timed(finding.claim) else ''}".replace("-", "−")
 
 
+def printed_beside(better: Reported, than: Reported) -> str:
+    """The two printed numbers of a claim, with who printed them and under which protocol."""
+    protocols = dict.fromkeys(one.protocol or "protocol not stated" for one in (better, than))
+    return (
+        f"{better.text} of {better.system} against {than.text} of {than.system}, {label(better.metric)} "
+        f"({better.by}, {better.table.rpartition('/')[2]} of {better.where}; {'; '.join(protocols)})"
+    )
+
+
 def in_markdown(text: str) -> str:
     """Text that cannot end a table cell or become markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))
@@ -200,6 +210,7 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         parts.append(f"## {'Speed on ' if timed else ''}{in_markdown(column)}\n")
         head = ["contender"] + [f"{label(metric)} {arrow(board.metrics[metric])}" for metric in board.columns[column]]
         ranked, apart = divided(board, column)
+        absent = left_out(board, column)
         if ranked:
             parts.append(markdown_table(head, [[in_markdown(name), *_markdown_cells(board, name, column)] for name in ranked]))
         if apart:
@@ -212,6 +223,7 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
             else "95 % interval, prompts (and training seeds, where there are several) resampled"
         )
         caveats = "".join(f" {in_markdown(row.name)}: {caveat}." for row in board.rows for caveat in row.caveats)
+        caveats += f" Not part of this table by the study's design: {in_markdown(', '.join(absent))}." if absent else ""
         parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.{caveats}\n")
     if more:
         parts.append(more)
@@ -219,15 +231,26 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
     return "\n".join(parts)
 
 
+def left_out(board: Board, column: str) -> list[str]:
+    """The rows that are not asked for in a column at all."""
+    states = {row.name: {board.cells[row.name, column, metric].state for metric in board.columns[column]} for row in board.rows}
+    return [name for name, found in states.items() if found == {LEFT_OUT}]
+
+
 def divided(board: Board, column: str) -> tuple[list[str], dict[str, str]]:
-    """The rows of a column that are closed or have no number there, and the open ones with the reason; if none is closed, all are the latter."""
-    cells_of = {row.name: [board.cells[row.name, column, metric] for metric in board.columns[column]] for row in board.rows}
+    """The rows of a column that are closed or have no number there, and the open ones with the reason; if none is closed, all are the latter.
+
+    Those that are left out are in neither.
+    """
+    absent = left_out(board, column)
+    rows = [row.name for row in board.rows if row.name not in absent]
+    cells_of = {name: [board.cells[name, column, metric] for metric in board.columns[column]] for name in rows}
     why = {name: [cell for cell in cells if cell.state == NUMBER] for name, cells in cells_of.items()}
     apart = {name: next((cell.open for cell in cells if cell.open), "") for name, cells in why.items()}
     apart = {name: reason for name, reason in apart.items() if reason}
     if not any(cells and name not in apart for name, cells in why.items()) and apart:
-        return [], {row.name: apart.get(row.name, "") for row in board.rows}
-    return [row.name for row in board.rows if row.name not in apart], apart
+        return [], {name: apart.get(name, "") for name in rows}
+    return [name for name in rows if name not in apart], apart
 
 
 def chance(p: float | None) -> str:
@@ -262,7 +285,8 @@ def printed(board: Board, cell: Cell, places: int) -> tuple[str, str]:
     return shown(value, places), ranged(low, high, places)
 
 
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--", "†": r"$\dagger$"}
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "–": "--"}
+LATEX |= {"†": r"$\dagger$", "‡": r"$\ddagger$"}
 LATEX |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "<": r"\textless{}", ">": r"\textgreater{}"}
 
@@ -281,10 +305,12 @@ def to_latex(board: Board) -> str:
         head = " & ".join(in_latex(f"{label(metric)} {arrow(board.metrics[metric])}") for metric in metrics)
         ranked, apart = divided(board, column)
         what = "median and range over rounds" if timed else "mean over clips and 95\\,\\% bootstrap interval clustered by prompt"
+        absent = left_out(board, column)
         below = (" Below the line: open entries, not ranked." if ranked else " All entries are open.") if apart else ""
         lines = [
             "\\begin{table}[t]\n\\centering\n\\small",
-            f"\\caption{{{in_latex(board.title)}, {in_latex(column)}: {what}. Bold: best. $\\dagger$: optimised in training.{below}}}",
+            f"\\caption{{{in_latex(board.title)}, {in_latex(column)}: {what}. Bold: best. $\\dagger$: optimised in training.{below}"
+            + (f" Left out by design: {in_latex(', '.join(absent))}.}}" if absent else "}"),
             f"\\begin{{tabular}}{{l{'r' * len(metrics)}}}\n\\toprule",
             f"contender & {head} \\\\\n\\midrule",
             *(f"{in_latex(name)} & {_latex_cells(board, name, column)} \\\\" for name in ranked),

@@ -60,6 +60,17 @@ document.addEventListener("click", event => {
 });
 byId("source").addEventListener("click", event => { if (event.target === byId("source")) byId("source").close(); });
 
+// A link to one claim shows that claim alone, opened; any other place shows them all.
+const alone = () => {
+  const claim = location.hash.startsWith("#claim-") ? byId(decodeURIComponent(location.hash.slice(1))) : null;
+  if (byId("claims")) byId("claims").classList.toggle("alone", claim !== null);
+  if (!claim) return;
+  claim.querySelector(".deciding").open = true;
+  byId("claims").scrollIntoView();
+};
+addEventListener("hashchange", alone);
+alone();
+
 // Legends: which contenders the plots show. Of many, the first few at the start: bands of a dozen hide each other.
 const main = byId("main");
 const show = (row, on) => {
