@@ -35,6 +35,7 @@ from rfbench.options import (
     Shard,
     StudyName,
     Workers,
+    compatible,
     completes,
     runs,
     scorers,
@@ -191,6 +192,7 @@ def evaluate(
         typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=completes(runs), show_default=False),
     ] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
+    compat: Annotated[bool, typer.Option("--compat", help="With the habits of the originals: `vbench` is then `vbench-compat`.")] = False,
     check_setup: Annotated[bool, typer.Option("--check-setup", help="Try the scorers, or those named, on two tiny clips.")] = False,
     engine: EngineName = "here",
     workers: Workers = None,
@@ -199,6 +201,7 @@ def evaluate(
 ) -> None:
     """Score the clips of a run."""
     names = [name.strip() for text in scorer or [] for name in text.split(",")]
+    names = compatible(names) if compat else names
     if check_setup:
         if run is not None or against is not None or partial or fresh or engine != "here":
             raise UserError("--check-setup makes its own clips: give it no run and nothing else but -s")
@@ -312,11 +315,12 @@ def total(
     dims: Annotated[str, typer.Argument(metavar="DIMS.json", help="The 16 dimensions by name, in percent; - is standard input.", show_default=False)],
     fractions: Annotated[bool, typer.Option("--fractions", help="The values are fractions of 1.")] = False,
     i2v: Annotated[bool, typer.Option("--i2v", help="The 9 dimensions of VBench-I2V.")] = False,
+    compat: Annotated[bool, typer.Option("--compat", help="Count what is missing as 0, as VBench does, and say what that was.")] = False,
 ) -> None:
     """VBench's Total, Quality and Semantic from its dimensions, as one line of JSON; or a refusal."""
     from rfbench.vbench import totals
 
-    print(totals.line(dims, fractions=fractions, i2v=i2v))
+    print(totals.line(dims, fractions=fractions, i2v=i2v, compat=compat))
 
 
 @app.command()
@@ -337,9 +341,9 @@ def fetch(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="BASELINE|SCORER",
+            metavar="BASELINE|SCORER|SUITE",
             help="Name or YAML file.",
-            autocompletion=completes(lambda: [*config.names_of(Baseline), *config.names_of(External), *scorers()]),
+            autocompletion=completes(lambda: [*config.names_of(Baseline), *config.names_of(External), *scorers(), *suite_names()]),
             show_default=False,
         ),
     ],
@@ -350,12 +354,10 @@ def fetch(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Weights of a baseline and what its backbone needs, or those of a scorer; sizes and licences are shown first."""
+    """Weights of a baseline or a scorer, and prompts of a suite that are not ours to ship; sizes and licences are shown first."""
     from rfbench import fetch as verb
 
-    kind: Any = External if config.is_external(name) else Baseline
-    items = verb.items_of_scorer(name) if name in scorers() else verb.items_of(config.load(kind, name))
-    paths = [str(path) for path in verb.fetch(items, mirror=mirror, yes=yes, dry_run=dry_run)]
+    paths = [str(path) for path in verb.fetch(verb.items_named(name), mirror=mirror, yes=yes, dry_run=dry_run)]
     for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
         print(line)
 

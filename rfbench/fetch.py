@@ -1,10 +1,10 @@
-"""`rfbench fetch`: what a baseline or a scorer needs from elsewhere, brought into the weights directory and checked.
+"""`rfbench fetch`: what a baseline, a scorer or a suite needs from elsewhere, brought into the weights directory and checked.
 
     <weights>/<owner>/<repository>/<file>
 
 A file comes from a mirror directory of the same layout if one is named, else from the hub's own cache on this machine, else from the hub.
 It appears under its name when it is complete and right; until then it is `.<file>.<etag>.part`, from which the next call goes on
-(hf_hub_download would start over). HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
+(hf_hub_download would start over). Lists of prompts come from GitHub, at a commit and by their sha256. HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from rich.filesize import decimal
 from rich.prompt import Confirm
 from rich.table import Table
 
-from rfbench import recipes, weights
+from rfbench import config, recipes, suites, weights
 from rfbench.config import Baseline, External, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import atomic, sha256_of, write_json
+from rfbench.scorers.base import SCORERS
 from rfbench.settings import settings
+from rfbench.vbench import prompts
 
 SHA256 = re.compile("[0-9a-f]{64}")
 INDEX = "*.safetensors.index.json"
@@ -51,11 +53,12 @@ class Item:
     sha256: str | None = None  # as `weights.sha256_of` gives it
     licence: str = "not stated"
     gated: bool = False  # its authors want to be asked first
+    github: bool = False  # a repository there, at the commit `revision`; a single file with its sha256
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.file).parts
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) or ".." in (*self.repo.split("/"), *parts) or parts[:1] in ((), ("/",)):
-            raise UserError(f"'{self.file}' of '{self.repo}' is not a file of a Hugging Face repository, <owner>/<name>")
+            raise UserError(f"'{self.file}' of '{self.repo}' is not a file of a repository, <owner>/<name>")
 
     @property
     def several(self) -> bool:
@@ -71,6 +74,20 @@ class Item:
     def path(self) -> Path:
         """Where it belongs."""
         return settings().weights / self.repo / self.file
+
+    @property
+    def host(self) -> str:
+        """Who has it."""
+        from huggingface_hub import constants
+
+        return prompts.GITHUB if self.github else constants.ENDPOINT
+
+    @property
+    def url(self) -> str:
+        """Where a single file is."""
+        from huggingface_hub import hf_hub_url
+
+        return f"{self.host}/{self.repo}/{self.revision}/{self.file}" if self.github else hf_hub_url(self.repo, self.file, revision=self.revision)
 
 
 LICENCES = {"Wan-AI/Wan2.1-T2V-1.3B": "apache-2.0", "Wan-AI/Wan2.2-TI2V-5B": "apache-2.0"}  # of what backbones take from there
@@ -100,6 +117,24 @@ class Source:
         return (self.size or 0) - (self.part.stat().st_size if self.part.exists() else 0)
 
 
+def items_named(name: str) -> list[Item]:
+    """What a scorer, a suite or a baseline of this name needs, or one of a file; VBench is a scorer and a suite.
+
+    Raises:
+        UserError: there is nothing of this name, or its file is not valid.
+    """
+    if name in SCORERS or _is_suite(name):
+        if name in SCORERS and name.startswith("vbench"):
+            say("the weights of VBench's networks come from where VBench takes them: `rfbench doctor` has the command for each that is missing")
+        return [*items_of_scorer(name), *(items_of_suite(name) if _is_suite(name) else [])]
+    kind: Any = External if config.is_external(name) else Baseline
+    return items_of(config.load(kind, name))
+
+
+def _is_suite(name: str) -> bool:
+    return name in suites.SUITES or name.endswith(".jsonl") or (name.endswith((".yaml", ".yml")) and "prompts" in config.load_plain(config.find(Baseline, name), (), Baseline))
+
+
 def items_of(cfg: Baseline | External) -> list[Item]:
     """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and the parts of its backbone."""
     from rfbench.backbones.base import open_backbone
@@ -122,6 +157,17 @@ def items_of_scorer(name: str) -> list[Item]:
     from rfbench.videoreward.model import FILES, REPOSITORY
 
     return [Item(REPOSITORY, file) for file in FILES] if name.startswith("videoreward") else []
+
+
+def items_of_suite(name: str) -> list[Item]:
+    """The lists of prompts that a suite takes from elsewhere.
+
+    Raises:
+        UserError: no such suite, or a wrong field.
+    """
+    _, _, header = suites.header_of(suites.split(name)[0])
+    wanted = {suites.VBENCH: prompts.FULL_INFO, suites.MOVIEGEN: prompts.MOVIEGEN}.get(header.prompts), prompts.EXTENDED.get(header.extended or "")
+    return [Item(one.repo, one.file, one.commit, one.bytes, one.sha256, one.licence, github=True) for one in wanted if one is not None]
 
 
 def _items(licence: str | None, *wanted: WeightsCfg | None) -> list[Item]:
@@ -201,6 +247,8 @@ def find(item: Item, mirror: Path | None) -> list[Source]:
             why = "is not the one that is asked for: wrong size or sha256" if (mirror / item.repo / item.file).exists() else "is not there"
             raise UserError(f"mirror: {mirror / item.repo / item.file} {why}; put the right one there or leave out --mirror", code=1)
         return found
+    if item.github:
+        return [Source(item, item.bytes, "GitHub", etag=item.sha256 or item.revision)]
     return ([] if item.tree else _in_cache(item)) or _on_hub(item)  # a folder in the cache may be a part of it
 
 
@@ -275,7 +323,7 @@ def _matching(item: Item, told: list[Told]) -> list[Told]:
 @contextlib.contextmanager
 def _explained(item: Item) -> Iterator[None]:
     """What keeps the hub from giving a file, as one sentence."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     what = f"{item.file} of {item.repo}"
     http_error: Any = errors.HfHubHTTPError.__bases__[0]  # of the library's HTTP client, which changes between its versions
@@ -284,15 +332,14 @@ def _explained(item: Item) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not on this machine; unset it or name a --mirror", code=1) from None
     except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/{item.repo}"
-        raise UserError(f"{what} is gated: accept its terms at {page}, log in with `hf auth login`, then run it again", code=1) from None
+        raise UserError(f"{what} is gated: accept its terms at {item.host}/{item.repo}, log in with `hf auth login`, then run it again", code=1) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
-        raise UserError(f"{constants.ENDPOINT} has no {what} at {item.revision}, or not for everybody (`hf auth login`)", code=1) from None
+        raise UserError(f"{item.host} has no {what} at {item.revision}, or not for everybody (`hf auth login`)", code=1) from None
     except (OSError, http_error) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         problem = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{what} did not come from {constants.ENDPOINT} ({problem}); the same command goes on from here", code=1) from None
+        raise UserError(f"{what} did not come from {item.host} ({problem}); the same command goes on from here", code=1) from None
 
 
 def _bring(source: Source) -> None:
@@ -308,10 +355,10 @@ def _bring(source: Source) -> None:
 
 def _download(source: Source) -> None:
     """Go on with what is there of it, check it, and only then give it its name."""
-    from huggingface_hub import get_token, hf_hub_url
+    from huggingface_hub import get_token
     from huggingface_hub.file_download import http_get
 
-    item, target, token = source.item, source.item.path, get_token()
+    item, target, token = source.item, source.item.path, None if source.item.github else get_token()
     with source.part.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -321,8 +368,8 @@ def _download(source: Source) -> None:
             file.seek(0)
             file.truncate()
         with _explained(item):
-            url, headers = hf_hub_url(item.repo, item.file, revision=item.revision), {"authorization": f"Bearer {token}"} if token else None
-            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=source.size, displayed_filename=target.name)
+            headers = {"authorization": f"Bearer {token}"} if token else None
+            http_get(item.url, file, resume_size=file.tell(), headers=headers, expected_size=source.size, displayed_filename=target.name)
         file.flush()
         os.fsync(file.fileno())
         digest = sha256_of(source.part)

@@ -10,7 +10,10 @@ import typer
 
 from rfbench import config
 from rfbench.config import Baseline, External, Recipe, Study
+from rfbench.errors import UserError
 from rfbench.settings import settings
+
+COMPAT = "-compat"  # behind a scorer's name: with the habits of its original
 
 
 def completes(names: Callable[[], Any]) -> Callable[[str], list[str]]:
@@ -36,6 +39,20 @@ def scorers() -> list[str]:
     from rfbench.scorers.base import SCORERS
 
     return list(SCORERS)
+
+
+def compatible(names: list[str]) -> list[str]:
+    """The scorers that have the habits of these ones' originals (`eval --compat`).
+
+    Raises:
+        UserError: none was named, or one has no other habits than its original.
+    """
+    there = [name.removesuffix(COMPAT) for name in scorers() if name.endswith(COMPAT)]
+    other = next((name for name in names if name not in there), None)
+    if other is not None or not names:
+        told = f"'{other}' has no other habits than its original" if other else "name a scorer"
+        raise UserError(f"--compat: {told}; it is for -s {', '.join(there)}")
+    return [name + COMPAT for name in names]
 
 
 Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]

@@ -26,6 +26,7 @@ from rfbench.config import Baseline, CacheCfg, License, LoraCfg, SamplerCfg, Wei
 from rfbench.errors import UserError
 from rfbench.fetch import Item
 from rfbench.settings import HOME
+from rfbench.vbench import prompts
 
 REPO, COMMIT = "someone/some-model", "c" * 40
 CONTENT = bytes(range(256)) * 400
@@ -82,6 +83,8 @@ class Hub:
             request.wfile.write(body)
         elif request.path.startswith("/store/"):
             self.send(request, request.path.removeprefix("/store/"))
+        elif request.path.startswith(f"/{REPO}/{COMMIT}/"):  # as GitHub has it
+            self.send(request, request.path.removeprefix(f"/{REPO}/{COMMIT}/"))
         else:
             name = request.path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
             if name not in self.files:
@@ -396,7 +399,7 @@ def test_what_other_programs_left_in_the_hub_s_cache_is_used(folders: Path, hub:
 
 @pytest.mark.parametrize("given", [("one", "x.pt"), ("a/b/c", "x.pt"), ("../b", "x.pt"), ("a/b", "../x.pt"), ("a/b", "/x.pt"), ("a/b", "")])
 def test_nothing_is_written_outside_of_the_weights_directory(given: tuple[str, str]) -> None:
-    with pytest.raises(UserError, match="is not a file of a Hugging Face repository"):
+    with pytest.raises(UserError, match="is not a file of a repository"):
         Item(*given)
 
 
@@ -470,3 +473,38 @@ def test_the_command_passes_on_what_it_is_asked_for(folders: Path, mirror: Path,
     assert call("-y") == (0, f"{target}\n") and target.exists()
     path.write_text(YAML.replace(f"repo: {REPO}, ", ""))
     assert call() == (0, "")
+
+
+# Lists of prompts
+
+
+def test_a_list_of_prompts_comes_from_github_by_its_hash(folders: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on where a connection broke, like a file of the hub, and no token of the hub goes there."""
+    monkeypatch.setattr(prompts, "GITHUB", f"http://127.0.0.1:{hub.port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    listed = prompts.Listed("rewritten", REPO, COMMIT, "sub/model.pt", sha(CONTENT), len(CONTENT))
+    monkeypatch.setitem(prompts.EXTENDED, "self-forcing", listed)
+    (wanted,) = (one for one in fetch.items_named("vbench-extended") if one.repo == REPO)
+    hub.cut = 50_000
+    assert "the same command goes on from here" in refused(1, wanted)
+    hub.cut, hub.broken = None, False
+    (path,) = fetch.fetch([wanted], yes=True)
+    assert path == listed.path and path.read_bytes() == CONTENT
+    assert hub.served[-1][1] == "bytes=50000-" and {token for _, token in hub.tokens} == {None}
+    path.unlink()
+    hub.lies = b"something else of the same name"
+    assert "came with sha256" in refused(1, wanted) or "did not come" in refused(1, wanted)
+    assert not path.exists()
+
+
+def test_what_a_suite_needs_is_known_by_commit_size_and_hash(folders: Path, tmp_path: Path) -> None:
+    lists = (prompts.FULL_INFO, prompts.MOVIEGEN, *prompts.EXTENDED.values())
+    assert all(len(one.commit) == 40 and fetch.SHA256.fullmatch(one.sha256) and one.bytes > 100_000 for one in lists)
+    assert [one.file for one in fetch.items_named("vbench")] == [prompts.FULL_INFO.file]
+    assert [one.file for one in fetch.items_named("vbench-extended")] == [prompts.FULL_INFO.file, prompts.EXTENDED["self-forcing"].file]
+    assert [one.file for one in fetch.items_named("moviegen-60s")] == [prompts.MOVIEGEN.file, prompts.EXTENDED["moviegen-self-forcing"].file]
+    (tmp_path / "mine.yaml").write_text("prompts: vbench\nextended: wan2.1\n")
+    assert fetch.items_named(str(tmp_path / "mine.yaml"))[1].file == prompts.EXTENDED["wan2.1"].file
+    assert fetch.items_named("smoke") == [] and all(one.github for one in fetch.items_named("vbench-forcing"))
+    with pytest.raises(UserError, match="there is no baseline 'vbench-extendet'"):
+        fetch.items_named("vbench-extendet")

@@ -86,10 +86,10 @@ def test_a_file_that_is_not_the_published_one_is_refused(capsys):
     for name, listed in (("vbench", prompts.FULL_INFO), ("vbench-extended", prompts.EXTENDED["self-forcing"])):
         text = listed.path.read_text(encoding="utf-8")
         listed.path.write_text(text + " ", encoding="utf-8")
-        with pytest.raises(UserError, match=r"is not the published file .*; save https://raw.githubusercontent.com/.* there again"):
+        with pytest.raises(UserError, match=r"is not the published file .*; `rfbench fetch` and the suite's name brings that"):
             load_suite(name)
         listed.path.unlink()
-        with pytest.raises(UserError, match="save https://raw"):
+        with pytest.raises(UserError, match="`rfbench fetch`"):
             load_suite(name)
         listed.path.write_text(text, encoding="utf-8")
     prompts.FULL_INFO.path.unlink()

@@ -30,12 +30,12 @@ SCORERS = {
     "reference": "rfbench.scorers.reference:SCORER",
     "judge": "rfbench.scorers.judge:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
-    "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
+    "videoreward-compat": "rfbench.scorers.videoreward:COMPAT",
     "vbench": "rfbench.scorers.vbench:SCORER",
     "vbench-quality": "rfbench.scorers.vbench:QUALITY",
-    "vbench-official": "rfbench.scorers.vbench:OFFICIAL",
+    "vbench-compat": "rfbench.scorers.vbench:COMPAT",
     "vbench-long": "rfbench.scorers.vbench:LONG",
-    "vbench-long-as-released": "rfbench.scorers.vbench:LONG_AS_RELEASED",
+    "vbench-long-compat": "rfbench.scorers.vbench:LONG_COMPAT",
 }
 LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
 

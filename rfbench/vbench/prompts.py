@@ -19,6 +19,7 @@ from rfbench.settings import settings
 from rfbench.vbench.dimensions import T2V
 
 SAMPLES = 5  # clips of a prompt that count
+GITHUB = "https://raw.githubusercontent.com"
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,13 @@ class Listed:
     commit: str
     file: str
     sha256: str
+    bytes: int
+    licence: str = "apache-2.0"
 
     @property
     def path(self) -> Path:
         """Where it belongs on this machine."""
         return settings().weights / self.repo / self.file
-
-    @property
-    def url(self) -> str:
-        """Where it comes from."""
-        return f"https://raw.githubusercontent.com/{self.repo}/{self.commit}/{self.file}"
 
 
 FULL_INFO = Listed(
@@ -48,6 +46,7 @@ FULL_INFO = Listed(
     "45e79ec14e69a2187202c675d2dbce1a71843d53",
     "vbench/VBench_full_info.json",
     "5dd2de80ee43cda750b2b72ea7023657c0b90d3702041c7e4608c65dbe50dccd",
+    228118,
 )
 EXTENDED = {
     "self-forcing": Listed(
@@ -56,6 +55,7 @@ EXTENDED = {
         "33593df3e81fa3ec10239271dd2c100facac6de1",
         "prompts/vbench/all_dimension_extended.txt",
         "c78f1ad32974503efaa8cc935347ace88f3a8b571adde6687bc8425bbf417cf3",
+        515429,
     ),
     "moviegen-self-forcing": Listed(
         "MovieGen's prompts, rewritten for Self Forcing",
@@ -63,6 +63,8 @@ EXTENDED = {
         "33593df3e81fa3ec10239271dd2c100facac6de1",
         "prompts/MovieGenVideoBench_extended.txt",
         "50293c2717c8f2df5773154d4680c74e636ecb08eb4fe13cdce7357d0ab9d121",
+        657775,
+        "not stated",
     ),
     "wan2.1": Listed(
         "by Wan2.1's own rewriting, Qwen2.5-3B at seed 42; the leaderboard's for Wan2.1-1.3B",
@@ -70,6 +72,7 @@ EXTENDED = {
         "45e79ec14e69a2187202c675d2dbce1a71843d53",
         "prompts/augmented_prompts/Wan2.1-T2V-1.3B/all_dimension_aug_wanx_seed42.txt",
         "54fb940aea8f1ede1e8728f62d3e67efacdd7b341fb8a6c91308bcba874d5d5d",
+        758151,
     ),
     "gpt-4o": Listed(
         "by GPT-4o, after CogVideoX",
@@ -77,6 +80,7 @@ EXTENDED = {
         "45e79ec14e69a2187202c675d2dbce1a71843d53",
         "prompts/augmented_prompts/gpt_enhanced_prompts/all_dimension_longer.txt",
         "58ed0665de52c1bdb4820af01327f5cc1138bedbeedcc63902751056f6bf5768",
+        597926,
     ),
 }
 MOVIEGEN = Listed(
@@ -85,6 +89,8 @@ MOVIEGEN = Listed(
     "33593df3e81fa3ec10239271dd2c100facac6de1",
     "prompts/MovieGenVideoBench.txt",
     "ae02a4bbebcb55067dbeea369e43d52a4817d57fd0ac223071b9aa236ac027c4",
+    106686,
+    "not stated",
 )
 
 
@@ -133,7 +139,7 @@ def located() -> Path:
     try:
         venv = envs.python("vbench").parent.parent
     except UserError:
-        raise UserError(f"VBench's prompts are not here; run `rfbench env vbench`, or save {FULL_INFO.url} as {FULL_INFO.path}") from None
+        raise UserError(f"VBench's prompts are not here; `rfbench fetch vbench` brings them, `rfbench env vbench` has them too") from None
     for path in venv.glob("lib/python3*/site-packages/vbench/VBench_full_info.json"):
         if sha256_of(path) == FULL_INFO.sha256:
             return path
@@ -177,7 +183,7 @@ def _lines(path: Path) -> Sequence[str]:
 def _right(listed: Listed) -> Path:
     """The path of a published file that is there and is the published one."""
     if not listed.path.is_file():
-        raise UserError(f"this suite needs {listed.file} of {listed.repo}; save {listed.url} as {listed.path}")
+        raise UserError(f"this suite needs {listed.file} of {listed.repo}; `rfbench fetch` and its name brings it")
     if sha256_of(listed.path) != listed.sha256:
-        raise UserError(f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); save {listed.url} there again")
+        raise UserError(f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); `rfbench fetch` and the suite's name brings that")
     return listed.path

@@ -17,11 +17,12 @@ from rfbench.errors import UserError, did_you_mean
 from rfbench.vbench.dimensions import I2V, T2V, Board
 
 
-def line(source: str, *, fractions: bool = False, i2v: bool = False) -> str:
-    """The totals of a file of dimensions as one line of JSON; `source` and errors as in `read`."""
+def line(source: str, *, fractions: bool = False, i2v: bool = False, compat: bool = False) -> str:
+    """The totals of a file of dimensions as one line of JSON; `source` and errors as in `read`, `compat` as in `as_released`."""
     board = I2V if i2v else T2V
-    points = total(read(source, fractions=fractions, board=board), board)
-    return json.dumps({name: round(value, 6) for name, value in points.items()})
+    percent = read(source, fractions=fractions, board=board)
+    points = as_released(percent, board) if compat else total(percent, board)
+    return json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in points.items()})
 
 
 def total(percent: Mapping[str, float], board: Board = T2V) -> dict[str, float]:
@@ -41,6 +42,16 @@ def total(percent: Mapping[str, float], board: Board = T2V) -> dict[str, float]:
         groups[group] = 100 * math.fsum(shares) / math.fsum(one.weight for one in members.values())
     whole = math.fsum(weight * groups[group] for group, weight in board.groups.items()) / math.fsum(board.groups.values())
     return {"total": whole, **groups}
+
+
+def as_released(percent: Mapping[str, float], board: Board = T2V) -> dict[str, Any]:
+    """Totals as VBench's own script has them: a dimension that is missing counts as 0, and `missing_as_0` names it.
+
+    Raises:
+        UserError: a dimension is unknown, not a number or out of its range.
+    """
+    missing = [name for name in board.dimensions if name not in percent]
+    return total({**percent, **dict.fromkeys(missing, 0.0)}, board) | ({"missing_as_0": missing} if missing else {})
 
 
 def _check(percent: Mapping[str, float], board: Board) -> None:
