@@ -4,7 +4,8 @@
 
 A file comes from a mirror directory of the same layout if one is named, else from the hub's own cache on this machine, else from the hub.
 It appears under its name when it is complete and right; until then it is `.<file>.<etag>.part`, from which the next call goes on
-(hf_hub_download would start over). Lists of prompts come from GitHub, at a commit and by their sha256. HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
+(hf_hub_download would start over). Lists of prompts come from GitHub, at a commit and by their sha256. HF_HOME, HF_ENDPOINT,
+HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rfbench.progress import say
 from rfbench.records import atomic, sha256_of, write_json
 from rfbench.scorers.base import SCORERS
 from rfbench.settings import settings
+from rfbench.strict import load_plain
 from rfbench.vbench import prompts
 
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -132,7 +134,9 @@ def items_named(name: str) -> list[Item]:
 
 
 def _is_suite(name: str) -> bool:
-    return name in suites.SUITES or name.endswith(".jsonl") or (name.endswith((".yaml", ".yml")) and "prompts" in config.load_plain(config.find(Baseline, name), (), Baseline))
+    if name in suites.SUITES or name.endswith(".jsonl"):
+        return True
+    return name.endswith((".yaml", ".yml")) and "prompts" in load_plain(config.find(Baseline, name), (), Baseline)
 
 
 def items_of(cfg: Baseline | External) -> list[Item]:
@@ -332,7 +336,9 @@ def _explained(item: Item) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise UserError(f"HF_HUB_OFFLINE is set, and {what} is not on this machine; unset it or name a --mirror", code=1) from None
     except errors.GatedRepoError:
-        raise UserError(f"{what} is gated: accept its terms at {item.host}/{item.repo}, log in with `hf auth login`, then run it again", code=1) from None
+        raise UserError(
+            f"{what} is gated: accept its terms at {item.host}/{item.repo}, log in with `hf auth login`, then run it again", code=1
+        ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
         raise UserError(f"{item.host} has no {what} at {item.revision}, or not for everybody (`hf auth login`)", code=1) from None
     except (OSError, http_error) as error:

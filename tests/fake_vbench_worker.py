@@ -30,15 +30,15 @@ def answer(item: dict[str, Any]) -> dict[str, Any]:
     row = {"id": item["id"], "dimension": name, "version": version(name), "seconds": 0.0, "reason": None, "extra": {}}
     if content == "broken":
         return {**row, "value": None, "weight": 0, "reason": "not a video"}
-    digest = hashlib.sha256(f"{content} {name} {item['prompt']} {item['about']} {item.get('begin')}".encode()).digest()
-    value, frames = digest[0] / 255, [digest[1] / 255] * item["frames"]
+    digest = hashlib.sha256(f"{content} {name} {item['prompt']} {item['about']} {item.get('begin')} {item.get('at')}".encode()).digest()
+    value, frames = digest[0] / 255, [digest[1] / 255] * len(item.get("at") or range(item["frames"]))
     if name == "static":
         return {**row, "value": float("static" in content and f"moving{item.get('begin')} " not in content), "weight": 1}
     if name == "color" and "unseen" in content:
         return {**row, "value": None, "weight": 0}
     if name == "appearance_style":
         return {**row, "value": value, "weight": item["frames"], "extra": {"frames": frames}}
-    return {**row, "value": value, "weight": item["frames"] - 1 if name.endswith("_consistency") and name != "overall_consistency" else 1}
+    return {**row, "value": value, "weight": len(frames) - 1 if name.endswith("_consistency") and name != "overall_consistency" else 1}
 
 
 def main(arguments: list[str]) -> None:

@@ -48,6 +48,14 @@ def noting(calls: list[Call], result: Path) -> Callable[..., Path]:
     return verb
 
 
+def test_compat_is_another_scorer(monkeypatch, folders, capsys):
+    calls: list[Call] = []
+    monkeypatch.setattr("rfbench.evaluate.evaluate", noting(calls, folders))
+    monkeypatch.setattr(cli, "_run", Path)
+    assert call(capsys, "eval", "x", "-s", "vbench, vbench-long", "--compat")[0] == 0
+    assert calls[0][0] == (Path("x"), ["vbench-compat", "vbench-long-compat"])
+
+
 def test_help_is_quick_because_it_loads_nothing_heavy():
     """CPU seconds, so that a busy machine does not fail it; the first run may have to compile what the second one loads."""
     run("--help", PYTHONDONTWRITEBYTECODE="")
@@ -71,6 +79,8 @@ def test_help_is_quick_because_it_loads_nothing_heavy():
         (["train"], "Missing argument 'RECIPE' (see `rfbench train --help`)"),
         (["list", "studie"], "'studie' cannot be listed; did you mean 'studies'?"),
         (["eval", "nobody/toy-short"], "there is no run 'nobody/toy-short'; there is none"),
+        (["eval", "x", "-s", "motion", "--compat"], "--compat: 'motion' has no other habits than its original; it is for -s vbench, vbench-long"),
+        (["eval", "x", "--compat"], "--compat: name a scorer; it is for -s vbench, vbench-long"),
         (["generate", "toy/teacher", "--limit", "0"], "Invalid value for '--limit'"),
         (["sample", "toy/teacher", "a red disc", "--seed", "-1"], "Invalid value for '--seed'"),
         (["generate", "toy/teacher", "--engine", "slurm"], "--engine slurm: there are 'here' and 'ray'"),

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rfbench import video
 from rfbench.errors import UserError
 from rfbench.vbench.long import _tables, drift, first_static, fused, mapped, mean_of_videos, seconds, segments
 from rfbench.vbench.prompts import Entry
+from rfbench.vbench_worker.video import Footage
 
 UNIT = st.floats(0, 1)
 
@@ -84,3 +86,10 @@ def test_the_first_five_static_clips_of_a_prompt_are_first_by_path():
     kept = first_static(clips)
     assert sorted(f"x-{sample}/x-{sample}_{k:03d}.mp4" for p, sample, k in kept if p == 3) == paths[:5] and len(kept) == 10
     assert {key[1:] for key in kept if key[0] == 4} == {(0, 0), (0, 1), (1, 0), (10, 0), (10, 1)}
+
+
+def test_some_frames_of_a_file_are_read_as_they_are(tmp_path):
+    with video.writing(tmp_path / "whole.mp4", fps=16, height=32, width=48) as write:
+        write(np.stack([np.full((32, 48, 3), 6 * t, np.uint8) for t in range(40)]))
+    whole, some = (Footage(tmp_path / "whole.mp4", frames=40, at=at).bgr for at in (None, [0, 32, 38]))
+    assert np.array_equal(some, whole[[0, 32, 38]])

@@ -18,9 +18,9 @@ from rfbench.evaluate import evaluate
 from rfbench.records import Run
 from rfbench.report import checking, leaderboard
 from rfbench.scorers import vbench as scorer
-from rfbench.vbench import driver, totals
+from rfbench.vbench import driver, long, totals
 from rfbench.vbench.dimensions import T2V
-from rfbench.vbench.rows import CUSTOM
+from rfbench.vbench.rows import BETWEEN, CUSTOM
 from tests import fake_runs, vbench_suite
 
 BASELINE = strict.as_plain(config.load(Baseline, "toy/teacher"))
@@ -279,11 +279,33 @@ def test_a_long_video_is_the_mean_of_its_clips_and_its_drift_is_over_them(tmp_pa
     assert found["clips"] == found["asked"] == 2
 
 
-def test_as_released_the_longest_dimension_cuts_and_clips_are_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(scorer, "reencode", lambda source, target, *part: records.write_text(target, source.read_text()))
-    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), frames=lambda clip: 320)
-    evaluate(run, ["vbench-long-as-released"])
-    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long-as-released" / "rows.jsonl")]
+def test_between_clips_the_first_frames_are_compared(tmp_path):
+    """Their consistency is a metric of its own, and stands beside that within clips; a video of one clip has none."""
+    run = made(tmp_path / "run", suites.load_suite("smoke"), frames=lambda clip: 100 if clip.prompt_id == 0 else 32)
+    evaluate(run, ["vbench-long"])
+    asked = [item for item in json.loads((run / "scores" / "vbench-long" / "job.json").read_text())["items"] if "at" in item]
+    assert [(item["dimension"], item["at"]) for item in asked] == [
+        ("subject_consistency", [0, 32, 64, 68]),
+        ("background_consistency", [0, 32, 64, 68]),
+    ]
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long" / "rows.jsonl")]
+    told = {(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench-long.jsonl", records.Score)}
+    for name, of in BETWEEN.items():
+        (row,) = (row for row in mine if row["dimension"] == name)
+        assert row["weight"] == 3 and told["0000-0", name] == pytest.approx(100 * row["value"]) and ("0001-0", name) not in told
+        within = [told["0000-0", of] / 100, told["0001-0", of] / 100]
+        found = note(run, "vbench-long")["summary"]["dimensions"][of]
+        assert found["value"] == found["within"] == pytest.approx(100 * statistics.mean(within))
+        assert found["between"] == pytest.approx(100 * row["value"])
+        assert found["fused"] == pytest.approx(100 * statistics.mean([long.fused(within[0], row["value"], of), within[1]]))
+
+
+def test_with_compat_the_longest_dimension_cuts_clips_are_files_and_consistency_is_fused(tmp_path, monkeypatch):
+    monkeypatch.setattr(long, "write_part", lambda source, target, *part: records.write_text(target, source.read_text()))
+    monkeypatch.setattr(long, "write_first_frames", lambda parts, target, fps: records.write_text(target, "first") or target)
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing", limit=8), frames=lambda clip: 320)
+    evaluate(run, ["vbench-long-compat"])
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long-compat" / "rows.jsonl")]
     clips = {clip.sha256: clip for clip in records.read_clips(run)}
     lengths: dict[tuple[int, str], set[int]] = {}
     for row in mine:
@@ -292,9 +314,15 @@ def test_as_released_the_longest_dimension_cuts_and_clips_are_files(tmp_path, mo
     assert lengths[0, "subject_consistency"] == {32} and lengths[7, "human_action"] == {160}
     assert lengths[5, "imaging_quality"] == {160}, "beside overall consistency, it is cut into 10 s"
     assert lengths[3, "appearance_style"] == {160}, "its text is there for overall consistency too"
-    assert all(row["version"].endswith("/reencoded") for row in mine)
-    assert not (run / "scores" / "vbench-long-as-released" / "clips").exists()
-    assert note(run, "vbench-long-as-released")["summary"]["totals"]
+    assert all("/reencoded" in row["version"] for row in mine)
+    job = json.loads((run / "scores" / "vbench-long-compat" / "job.json").read_text())
+    assert job["driver"] == "official" and not any("begin" in item or "at" in item for item in job["items"]), (
+        "whole files, for vbench's own functions"
+    )
+    assert not (run / "scores" / "vbench-long-compat" / "clips").exists()
+    told = [s.value for s in records.read_rows(run / "scores" / "vbench-long-compat.jsonl", records.Score) if s.metric == "subject_consistency"]
+    found = note(run, "vbench-long-compat")["summary"]["dimensions"]["subject_consistency"]
+    assert found["value"] == found["fused"] != found["within"] and found["value"] == pytest.approx(statistics.mean(told))
 
 
 def test_flicker_of_long_videos_is_that_of_the_first_five_static_clips_of_a_prompt(tmp_path):
@@ -316,8 +344,27 @@ def test_a_clip_written_to_a_file_has_its_frames_nearly(tmp_path):
     ramp = np.stack([np.full((32, 48, 3), 5 * t, np.uint8) for t in range(40)])
     with video.writing(tmp_path / "whole.mp4", fps=16, height=32, width=48) as write:
         write(ramp)
-    scorer.reencode(tmp_path / "whole.mp4", tmp_path / "clips" / "part.mp4", 8, 40, 16)
+    long.write_part(tmp_path / "whole.mp4", tmp_path / "clips" / "part.mp4", 8, 40, 16)
     with av.open(str(tmp_path / "clips" / "part.mp4")) as container:
         assert container.streams.video[0].average_rate == 16
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == (32, 32, 48, 3) and np.abs(frames.astype(int) - ramp[8:]).mean() < 3
+    long.write_part(tmp_path / "whole.mp4", tmp_path / "clips" / "rest.mp4", 30, 40, 16)
+    first = long.write_first_frames([tmp_path / "clips" / "part.mp4", tmp_path / "clips" / "rest.mp4"], tmp_path / "first.mp4", 16)
+    with av.open(str(first)) as container:
+        assert [round(frame.to_ndarray(format="rgb24").mean() / 5) for frame in container.decode(video=0)] == [8, 30]
+
+
+# As VBench itself
+
+
+def test_compat_is_vbenchs_own_functions_and_counts_what_is_missing_as_0(tmp_path, monkeypatch):
+    """Beside the refusal, under a name of its own: no table has it."""
+    run = made(tmp_path / "run", suites.load_suite("vbench"), lambda clip: f"{clip.id} moving")
+    evaluate(run, ["vbench", "vbench-compat"])
+    assert json.loads((run / "scores" / "vbench-compat" / "job.json").read_text())["driver"] == "official"
+    ours, theirs = note(run)["summary"], note(run, "vbench-compat")["summary"]
+    assert ours["dimensions"] == theirs["dimensions"] and ours["totals"] is theirs["totals"] is None and "as_released" not in ours
+    known = {name: one["value"] for name, one in ours["dimensions"].items() if one["value"] is not None}
+    assert theirs["as_released"] == totals.total(known | {"temporal_flickering": 0.0}) | {"missing_as_0": ["temporal_flickering"]}
+    assert note(run, "vbench-compat")["whole"] == {}

@@ -155,3 +155,20 @@ def test_fractions_and_percent_are_the_same_row(tmp_path):
     for name, values in (("percent", WAN), ("fractions", {name: value / 100 for name, value in WAN.items()})):
         (tmp_path / name).write_text(json.dumps(values))
     assert read(str(tmp_path / "fractions"), fractions=True) == pytest.approx(read(str(tmp_path / "percent")))
+
+
+def test_as_vbench_itself_what_is_missing_counts_as_0_and_is_named(tmp_path, capsys):
+    """Wan2.1-1.3B without temporal flickering: 84.26 becomes 51.23, as on the leaderboard."""
+    row = of_board(ROWS["vbench-leaderboard/snapshot", "wan2.1-1.3b"])[1]
+    dims = {name: row[name] for name in T2V.dimensions if name != "temporal_flickering"}
+    (tmp_path / "dims.json").write_text(json.dumps(dims))
+    assert call(capsys, "total", str(tmp_path / "dims.json"))[0] == 2
+    code, out, _ = call(capsys, "total", str(tmp_path / "dims.json"), "--compat")
+    found = json.loads(out)
+    assert code == 0 and found.pop("missing_as_0") == ["temporal_flickering"] and found["total"] == pytest.approx(51.23, abs=0.01)
+    (tmp_path / "dims.json").write_text(json.dumps(dims | {"temporal_flickering": row["temporal_flickering"]}))
+    assert "missing_as_0" not in call(capsys, "total", str(tmp_path / "dims.json"), "--compat")[1]
+    (tmp_path / "dims.json").write_text("{}")
+    assert json.loads(call(capsys, "total", str(tmp_path / "dims.json"), "--compat")[1])["total"] == pytest.approx(-57.17, abs=0.005)
+    (tmp_path / "dims.json").write_text(json.dumps(dims | {"colour": 1}))
+    assert call(capsys, "total", str(tmp_path / "dims.json"), "--compat")[0] == 2, "what is unknown is refused all the same"

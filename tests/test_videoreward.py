@@ -468,7 +468,7 @@ def test_a_clip_that_cannot_be_shown_is_refused_by_name(installed: Path, tmp_pat
     assert not answers["0003-0"].rows and not answers["0004-0"].rows
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("videoreward", hostile.NAMES), ("videoreward-compat", ("truncated", "one frame", "1x1"))])
+@pytest.mark.parametrize(("name", "kinds"), [("videoreward", hostile.NAMES), ("videoreward-as-released", ("truncated", "one frame", "1x1"))])
 def test_broken_and_odd_clips_are_scored_or_refused_by_name(installed: Path, tmp_path: Path, name: str, kinds: tuple[str, ...]) -> None:
     (tmp_path / "videos").mkdir()
     named = {kind: hostile.write(tmp_path, kind, number) for number, kind in enumerate(kinds)}
@@ -481,7 +481,7 @@ def test_broken_and_odd_clips_are_scored_or_refused_by_name(installed: Path, tmp
 
 
 def test_the_released_scorer_shows_all_frames_at_one_size_in_the_wrong_range(installed: Path, tmp_path: Path) -> None:
-    scorer = pick(SCORERS, "videoreward-compat", what="scorer")
+    scorer = pick(SCORERS, "videoreward-as-released", what="scorer")
     clip = filmed(tmp_path, "0000-0", "a red disc", 5)
     pixels_TCHW = torch.from_numpy(read_video(tmp_path, clip)).permute(0, 3, 1, 2)
     shown = frames.resized(255 * (pixels_TCHW / 255 * 2 - 1), (336, 588))

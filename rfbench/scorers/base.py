@@ -30,7 +30,7 @@ SCORERS = {
     "reference": "rfbench.scorers.reference:SCORER",
     "judge": "rfbench.scorers.judge:SCORER",
     "videoreward": "rfbench.scorers.videoreward:SCORER",
-    "videoreward-compat": "rfbench.scorers.videoreward:COMPAT",
+    "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
     "vbench": "rfbench.scorers.vbench:SCORER",
     "vbench-quality": "rfbench.scorers.vbench:QUALITY",
     "vbench-compat": "rfbench.scorers.vbench:COMPAT",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ from rfbench.vbench import long, rows, totals
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.driver import Item, Line, answers, check
 from rfbench.vbench.prompts import Entry, entries
-from rfbench.vbench.rows import CUSTOM, STATIC, TEXT_FREE, Asked, Row
+from rfbench.vbench.rows import BETWEEN, CUSTOM, STATIC, TEXT_FREE, Asked, Row
 
 TEXTS = {
     "subject_consistency": "How alike neighbouring frames, and each and the first, are to DINO.",
@@ -65,15 +64,21 @@ class Want:
     about: Mapping[str, Any]
     begin: int | None = None
     end: int | None = None
+    cuts: tuple[tuple[int, int], ...] = ()  # of the first frames of these clips
 
     @property
     def place(self) -> Place:
         return self.dimension, self.begin, self.end
 
     @property
+    def network(self) -> str:
+        """The dimension whose networks find it."""
+        return BETWEEN.get(self.dimension, self.dimension)
+
+    @property
     def text(self) -> str:
         """What the answer depends on beside the clip."""
-        return "" if self.dimension in (*TEXT_FREE, STATIC) else canonical([self.prompt, self.about])
+        return "" if self.network in (*TEXT_FREE, STATIC) else canonical([self.prompt, self.about])
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class VBench:
     """Some dimensions by one driver of the worker; `random` draws the networks' weights, to see that everything runs.
 
     `cut` makes it VBench-Long: prompts of VBench's suites are cut into 2 s or by their longest dimension, others always into 2 s.
-    `reencode` writes each of these clips to a file first, as VBench-Long does, which changes its pixels.
+    `compat` keeps what PROTOCOL.md calls repaired, where something can be switched: totals count what is missing as 0, clips of
+    long videos are written to files, which changes their pixels, and consistency is fused with that between clips.
     """
 
     name: str
@@ -89,9 +95,9 @@ class VBench:
     driver: str = "fast"
     random: int | None = None
     cut: long.Cut | None = None
-    reencode: bool = False
+    compat: bool = False
     together = False
-    sparse = frozenset({"color", "temporal_flickering"})  # may say nothing of a clip
+    sparse = frozenset({"color", "temporal_flickering", *BETWEEN})  # may say nothing of a clip
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -104,6 +110,7 @@ class VBench:
         if set(T2V.dimensions) <= set(self.dimensions):
             found |= {name: Metric(True, "%", text) for name, text in TOTALS.items()}
         if self.cut is not None:
+            found |= {name: Metric(True, "%", f"{TEXTS[of][:-1]}, of the first frames of a video's clips.") for name, of in BETWEEN.items()}
             found[WHOLE] = Metric(True, "%", "Videos that are dynamic as a whole; dynamic_degree is the mean over their clips.")
             found[DRIFT] = Metric(False, "points", "Standard deviation of imaging quality over the 2 s clips of a video.")
         return found
@@ -135,7 +142,14 @@ class VBench:
         ready = {one["dimension"]: one["version"] for one in found if one["version"]}
         if not ready:
             raise UserError(f"none of VBench's dimensions can run here: {found[0]['dimension']}: {found[0]['problem']}; {found[0]['fix']}")
-        return {name: f"{version}/reencoded" if self.reencode else version for name, version in ready.items()}
+        written = {name: f"{version}/reencoded" if self._rewrites else version for name, version in ready.items()}
+        between = {name: f"{written[of]}/first frames" for name, of in BETWEEN.items() if of in written and self.cut is not None}
+        return written | between
+
+    @property
+    def _rewrites(self) -> bool:
+        """Whether the clips of a long video are files of their own."""
+        return self.compat and self.cut is not None
 
     def _names(self) -> list[str]:
         return [*self.dimensions, *([STATIC] if "temporal_flickering" in self.dimensions else [])]
@@ -147,7 +161,7 @@ class VBench:
             UserError: a dimension that the suite asks for cannot run here; the prompts are not VBench's.
         """
         wants = {clip.id: self._wanted(clip, entry) for clip, entry in _entries(clips, out)}
-        asked = {want.dimension for several in wants.values() for want in several}
+        asked = {want.network for several in wants.values() for want in several}
         versions = self._versions()
         for one in self.ready():
             if one["dimension"] in asked and one["dimension"] not in versions:
@@ -175,14 +189,22 @@ class VBench:
 
     def _item(self, clip: Clip, path: Path, want: Want, out: Path) -> Item:
         """What the worker is asked: frames of the clip's own file, or a file of these frames alone."""
-        about = {"id": json.dumps([clip.id, *want.place]), "dimension": want.dimension, "prompt": want.prompt, "about": want.about}
+        about = {"id": json.dumps([clip.id, *want.place]), "dimension": want.network, "prompt": want.prompt, "about": want.about}
+        if want.cuts and self._rewrites:
+            parts = [self._part(clip, path, begin, end, out) for begin, end in want.cuts]
+            return about | {"path": str(long.write_first_frames(parts, parts[0].with_name(f"{clip.id}_first.mp4"), clip.fps)), "frames": len(parts)}
+        if want.cuts:
+            return about | {"path": str(path), "frames": clip.frames, "at": [begin for begin, _ in want.cuts]}
         if want.begin is None or want.end is None:
             return about | {"path": str(path), "frames": clip.frames}
-        if self.reencode:
-            part = self._rows(out).parent / "clips" / f"{clip.id}_{want.begin}.mp4"
-            reencode(path, part, want.begin, want.end, clip.fps)
-            return about | {"path": str(part), "frames": want.end - want.begin}
+        if self._rewrites:
+            return about | {"path": str(self._part(clip, path, want.begin, want.end, out)), "frames": want.end - want.begin}
         return about | {"path": str(path), "frames": clip.frames, "begin": want.begin, "end": want.end}
+
+    def _part(self, clip: Clip, path: Path, begin: int, end: int, out: Path) -> Path:
+        part = self._rows(out).parent / "clips" / f"{clip.id}_{begin}.mp4"
+        long.write_part(path, part, begin, end, clip.fps)
+        return part
 
     def _made(
         self,
@@ -223,7 +245,7 @@ class VBench:
         parts: dict[str, list[Row]] = {}
         for (dimension, begin, _), row in found.items():
             assert row is not None
-            whole = self.cut is not None and begin is None
+            whole = self.cut is not None and begin is None and dimension == "dynamic_degree"
             parts.setdefault(WHOLE if whole else dimension, []).append(row)
         still = {(row.begin, row.end) for row in parts.get(STATIC, ()) if row.value == 1}
         scores = []
@@ -234,7 +256,10 @@ class VBench:
             if name == "temporal_flickering" and STATIC in parts:
                 told = [row.value for row in several if row.value is not None and (row.begin, row.end) in still]
             if told:
-                scores.append(Score(clip.id, name, 100 * math.fsum(told) / len(told)))
+                mean = math.fsum(told) / len(told)
+                if self._rewrites and name in BETWEEN.values():
+                    mean = long.fused(mean, next((row.value for of in parts if BETWEEN.get(of) == name for row in parts[of]), None), name)
+                scores.append(Score(clip.id, name, 100 * mean))
             if name == "imaging_quality" and self.cut is not None and len(told) > 1 and _spans(several) == 2 * clip.fps:
                 scores.append(Score(clip.id, DRIFT, 100 * long.drift(told)))
         return Answer(clip.id, tuple(scores))
@@ -255,14 +280,18 @@ class VBench:
             if dimension not in asked or dimension not in versions:
                 continue
             try:
-                dimension_of = _dimension if self.cut is None else _long_dimension
-                found[dimension] = dimension_of(dimension, asked, there, versions, partial)
+                if self.cut is None:
+                    found[dimension] = rows.dimension(dimension, asked, there, versions, partial=partial)
+                else:
+                    found[dimension] = long.dimension(dimension, asked, there, versions, partial=partial, compat=self.compat)
             except UserError as error:
                 found[dimension] = {"value": None, "why": str(error)}
+        percent = {name: one["value"] for name, one in found.items() if one["value"] is not None}
         try:
-            points = totals.total({name: one["value"] for name, one in found.items() if one["value"] is not None})
+            points = totals.total(percent)
         except UserError as error:
-            return {"dimensions": found, "totals": None, "why": str(error)}
+            released = {"as_released": totals.as_released(percent)} if self.compat else {}  # no `totals`, which would be cells of a report
+            return {"dimensions": found, "totals": None, "why": str(error), **released}
         return {"dimensions": found, "totals": points | ({"partial": True} if partial else {})}
 
     def _wanted(self, clip: Clip, entry: Entry) -> list[Want]:
@@ -273,63 +302,11 @@ class VBench:
         length = long.seconds(entry, entries(), self.cut) if entry.dimensions != CUSTOM else 2
         cuts = long.segments(clip.frames, clip.fps, length)
         parts = [dataclasses.replace(want, begin=begin, end=end) for want in whole for begin, end in cuts]
-        return [*parts, *(want for want in whole if want.dimension == "dynamic_degree")]
+        between = [Want(name, clip.prompt, {}, cuts=tuple(cuts)) for name, of in BETWEEN.items() if of in names and len(cuts) > 1]
+        return [*parts, *between, *(want for want in whole if want.dimension == "dynamic_degree")]
 
     def _rows(self, out: Path) -> Path:
         return out / "scores" / self.name / "rows.jsonl"
-
-
-def _dimension(name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool) -> dict[str, Any]:
-    """A dimension as VBench in one process counts it."""
-    questions, mine, note = asked[name], rows.of_version(there, name, versions[name]), ""
-    if name == "temporal_flickering" and STATIC in asked:
-        questions, short = rows.static(asked[STATIC], rows.of_version(there, STATIC, versions[STATIC]), partial=partial)
-        note = f"{short} prompts have fewer than five static clips" if short else ""
-    value = rows.value(name, questions, mine, partial=partial)
-    other = rows.value(name, questions, mine, partial=partial, distributed=True)
-    found: dict[str, Any] = {"value": value.percent, "clips": value.clips, "asked": value.asked}
-    if partial:
-        found["partial"] = True
-    if other.percent != value.percent:
-        found["in_several_processes"] = other.percent
-    if note or value.note:
-        found["note"] = note or value.note
-    return found
-
-
-def _long_dimension(
-    name: str, asked: Mapping[str, Sequence[Asked]], there: Sequence[Row], versions: Mapping[str, str], partial: bool
-) -> dict[str, Any]:
-    """A dimension as VBench-Long counts it, consistency within clips alone: the mean over videos of the mean over their clips."""
-    questions = [one for one in asked[name] if one.begin is not None]
-    mine = rows.of_version(there, name, versions[name])
-    rows.value(name, questions, mine, partial=partial)  # refuses what is missing
-    if name == "temporal_flickering" and STATIC in asked:
-        filtered = rows.of_version(there, STATIC, versions[STATIC])
-        still = {(one.prompt, one.sample, one.begin or 0): filtered[one.question].value == 1 for one in asked[STATIC] if one.question in filtered}
-        kept = long.first_static(still)
-        questions = [one for one in questions if (one.prompt, one.sample, one.begin or 0) in kept]
-    videos: dict[str, list[float | None]] = {}
-    for one in questions:
-        if one.question in mine:
-            videos.setdefault(one.clip, []).append(mine[one.question].value)
-    value, count = long.mean_of_videos(videos)
-    return {"value": 100 * value, "clips": count, "asked": len({one.clip for one in asked[name]}), **({"partial": True} if partial else {})}
-
-
-def reencode(source: Path, target: Path, begin: int, end: int, fps: int) -> None:
-    """Frames [begin, end) of a video as a video of their own, as torchvision's write_video makes it: libx264 at its defaults, 4:2:0."""
-    import av
-
-    if target.exists():
-        return
-    with records.atomic(target) as temporary, av.open(str(source)) as video, av.open(str(temporary), "w", format="mp4") as written:
-        stream: Any = written.add_stream("libx264", rate=fps)
-        stream.pix_fmt, stream.width, stream.height = "yuv420p", video.streams.video[0].width, video.streams.video[0].height
-        for frame in itertools.islice(video.decode(video=0), begin, end):
-            pixels = av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")
-            written.mux(stream.encode(pixels))
-        written.mux(stream.encode())
 
 
 def _spans(several: Sequence[Row]) -> int:
@@ -369,6 +346,6 @@ def _entries(clips: Sequence[Clip], out: Path) -> list[tuple[Clip, Entry]]:
 ALL = tuple(T2V.dimensions)
 SCORER = VBench("vbench", ALL)
 QUALITY = VBench("vbench-quality", tuple(name for name, one in T2V.dimensions.items() if one.group == "quality"))
-OFFICIAL = VBench("vbench-official", ALL, driver="official")
+COMPAT = VBench("vbench-compat", ALL, driver="official", compat=True)
 LONG = VBench("vbench-long", ALL, cut="2s")
-LONG_AS_RELEASED = VBench("vbench-long-as-released", ALL, cut="longest", reencode=True)
+LONG_COMPAT = VBench("vbench-long-compat", ALL, driver="official", cut="longest", compat=True)

@@ -112,4 +112,4 @@ def batches(clips: Iterable[tuple[Clip, Tensor]]) -> Iterator[list[tuple[Clip, T
 
 
 SCORER = VideoRewardScorer("videoreward", native)
-COMPAT = VideoRewardScorer("videoreward-compat", released)
+RELEASED = VideoRewardScorer("videoreward-as-released", released)

@@ -3,25 +3,31 @@
 Source: Vchitect/VBench@45e79ec vbench2_beta_long. Two things are a choice there and have a name here. *How long a clip is*: in its
 standard mode each prompt has the longest clip of its dimensions, 10 s for three of them and so for aesthetic and imaging quality
 beside them; for videos of one's own it is always 2 s. *Between clips*: with its `--dev_flag`, consistency is half that within clips
-and half that of the clips' first frames, by other networks and mapped to the same scale; without, only that within clips.
+and half that of the clips' first frames, mapped to the same scale; without, only that within clips. The first frames are looked at by
+DINO and CLIP, as there with `--sb_clip2clip_feat_extractor dino --bg_clip2clip_feat_extractor clip`; DINOv2 and DreamSim, its defaults,
+are not part of the package `vbench`.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rfbench.errors import UserError
+from rfbench.records import atomic
+from rfbench.vbench import rows
 from rfbench.vbench.prompts import SAMPLES, Entry
+from rfbench.vbench.rows import BETWEEN, STATIC, Asked, Row
 
 Cut = Literal["longest", "2s"]
 SECONDS = {"human_action": 10, "temporal_style": 10, "overall_consistency": 10}  # all others 2
-WITHIN = BETWEEN = 0.5  # weights with --dev_flag
+HALF = 0.5  # weight of either with --dev_flag
 
 
 def seconds(entry: Entry, known: Iterable[Entry], cut: Cut) -> int:
@@ -73,7 +79,7 @@ def fused(within: float, between: float | None, dimension: str) -> float:
     A video of one clip has nothing between clips. Neither has, in VBench-Long, one whose value maps to 0, and so here.
     """
     there = 0.0 if between is None else mapped(between, dimension)
-    return within if there == 0.0 else WITHIN * within + BETWEEN * there
+    return within if there == 0.0 else HALF * within + HALF * there
 
 
 def mapped(between: float, dimension: str) -> float:
@@ -98,6 +104,95 @@ def first_static(clips: Mapping[tuple[int, int, int], bool]) -> set[tuple[int, i
         if clips[key] and len(several) < SAMPLES:
             several.append(key)
     return {key for several in kept.values() for key in several}
+
+
+def dimension(
+    name: str,
+    asked: Mapping[str, Sequence[Asked]],
+    there: Iterable[Row],
+    versions: Mapping[str, str],
+    *,
+    partial: bool = False,
+    compat: bool = False,
+) -> dict[str, Any]:
+    """A dimension of all videos, as a note tells it: the mean over videos of the mean over their clips, in percent.
+
+    The consistencies have `within`, `between` and `fused` beside it; `compat` takes the last for the value, else it is the first.
+
+    Raises:
+        UserError: a clip has no row and `partial` was not asked for, or none counts (code 1).
+    """
+    there = list(there)
+    questions = [one for one in asked[name] if one.begin is not None]
+    mine = rows.of_version(there, name, versions[name])
+    rows.value(name, questions, mine, partial=partial)  # refuses what is missing
+    if name == "temporal_flickering" and STATIC in asked:
+        filtered = rows.of_version(there, STATIC, versions[STATIC])
+        still = {(one.prompt, one.sample, one.begin or 0): filtered[one.question].value == 1 for one in asked[STATIC] if one.question in filtered}
+        kept = first_static(still)
+        questions = [one for one in questions if (one.prompt, one.sample, one.begin or 0) in kept]
+    videos: dict[str, list[float | None]] = {}
+    for one in questions:
+        if one.question in mine:
+            videos.setdefault(one.clip, []).append(mine[one.question].value)
+    value, count = mean_of_videos(videos)
+    found = {"value": 100 * value, "clips": count, "asked": len({one.clip for one in asked[name]})}
+    between = next((key for key, of in BETWEEN.items() if of == name), "")
+    if between in asked:
+        found |= _fused(name, videos, asked[between], rows.of_version(there, between, versions[between]), partial)
+        found["value"] = found["fused" if compat else "within"]
+    return found | ({"partial": True} if partial else {})
+
+
+def _fused(
+    name: str, videos: Mapping[str, Sequence[float | None]], asked: Sequence[Asked], there: Mapping[rows.Question, Row], partial: bool
+) -> dict[str, float]:
+    """Consistency within clips, between them and both together, in percent; a video of one clip has nothing between."""
+    rows.value(name, asked, there, partial=partial)  # refuses what is missing
+    between = {one.clip: there[one.question].value for one in asked if one.question in there}
+    silent = {one.clip for one in asked} - between.keys()
+    within = {clip: mean_of_videos({clip: values})[0] for clip, values in videos.items() if clip not in silent}
+    both = [fused(value, between.get(clip), name) for clip, value in within.items()]
+    found = {"within": mean_of_videos(videos)[0], "between": _mean([value or 0.0 for value in between.values()]), "fused": _mean(both)}
+    return {key: 100 * value for key, value in found.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def write_part(source: Path, target: Path, begin: int, end: int, fps: int) -> None:
+    """Frames [begin, end) of a video as a video of their own, as torchvision's write_video makes it: libx264 at its defaults, 4:2:0."""
+    import av
+
+    if not target.exists():
+        with av.open(str(source)) as video:
+            _write(itertools.islice(video.decode(video=0), begin, end), target, fps)
+
+
+def write_first_frames(parts: Sequence[Path], target: Path, fps: int) -> Path:
+    """The first frame of each video as a video, written likewise; returns `target`."""
+    import av
+
+    def first(part: Path) -> Any:
+        with av.open(str(part)) as video:
+            return next(video.decode(video=0))
+
+    _write(map(first, parts), target, fps)
+    return target
+
+
+def _write(frames: Iterable[Any], target: Path, fps: int) -> None:
+    import av
+
+    with atomic(target) as temporary, av.open(str(temporary), "w", format="mp4") as written:
+        stream: Any = written.add_stream("libx264", rate=fps)
+        stream.pix_fmt = "yuv420p"
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.width, stream.height = frame.width, frame.height
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"), format="rgb24")))
+        written.mux(stream.encode())
 
 
 @functools.cache

@@ -139,7 +139,7 @@ def located() -> Path:
     try:
         venv = envs.python("vbench").parent.parent
     except UserError:
-        raise UserError(f"VBench's prompts are not here; `rfbench fetch vbench` brings them, `rfbench env vbench` has them too") from None
+        raise UserError("VBench's prompts are not here; `rfbench fetch vbench` brings them, `rfbench env vbench` has them too") from None
     for path in venv.glob("lib/python3*/site-packages/vbench/VBench_full_info.json"):
         if sha256_of(path) == FULL_INFO.sha256:
             return path
@@ -185,5 +185,7 @@ def _right(listed: Listed) -> Path:
     if not listed.path.is_file():
         raise UserError(f"this suite needs {listed.file} of {listed.repo}; `rfbench fetch` and its name brings it")
     if sha256_of(listed.path) != listed.sha256:
-        raise UserError(f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); `rfbench fetch` and the suite's name brings that")
+        raise UserError(
+            f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); `rfbench fetch` and the suite's name brings that"
+        )
     return listed.path

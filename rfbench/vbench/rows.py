@@ -17,6 +17,7 @@ from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.prompts import SAMPLES
 
 STATIC = "static"  # not a dimension: 1 for a clip that temporal flickering may be measured on, else 0
+BETWEEN = {"subject_between": "subject_consistency", "background_between": "background_consistency"}  # of the first frames of a video's clips
 MAY_DROP = {"color"}  # a clip in which the object was never seen with a colour does not count
 TEXT_FREE = (
     *("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness"),
@@ -139,6 +140,31 @@ def static(asked: Sequence[Asked], rows: Mapping[Question, Row], *, partial: boo
     return [one for clips in kept.values() for one in clips], sum(len(clips) < SAMPLES for clips in kept.values())
 
 
+def dimension(
+    name: str, asked: Mapping[str, Sequence[Asked]], there: Iterable[Row], versions: Mapping[str, str], *, partial: bool = False
+) -> dict[str, Any]:
+    """A dimension of all clips as VBench in one process counts it, as a note tells it: in percent, with what several processes would find.
+
+    Raises:
+        UserError: as `value` and `static`.
+    """
+    there = list(there)
+    questions, mine, note = asked[name], of_version(there, name, versions[name]), ""
+    if name == "temporal_flickering" and STATIC in asked:
+        questions, short = static(asked[STATIC], of_version(there, STATIC, versions[STATIC]), partial=partial)
+        note = f"{short} prompts have fewer than five static clips" if short else ""
+    one = value(name, questions, mine, partial=partial)
+    other = value(name, questions, mine, partial=partial, distributed=True)
+    found: dict[str, Any] = {"value": one.percent, "clips": one.clips, "asked": one.asked}
+    if partial:
+        found["partial"] = True
+    if other.percent != one.percent:
+        found["in_several_processes"] = other.percent
+    if note or one.note:
+        found["note"] = note or one.note
+    return found
+
+
 def _term(row: Row, distributed: bool) -> tuple[float, float]:
     if distributed and row.dimension == "appearance_style":
         return row.extra["frames"][-1], 1.0
@@ -150,7 +176,7 @@ def _term(row: Row, distributed: bool) -> tuple[float, float]:
 def _check(row: Row) -> None:
     """A value and a positive weight, or neither where a dimension may drop clips."""
     what = f"clip {row.sha256[:12]}...: {row.dimension}"
-    if row.dimension not in T2V.dimensions and row.dimension != STATIC:
+    if row.dimension not in (*T2V.dimensions, STATIC, *BETWEEN):
         raise UserError(f"{what} is no dimension of VBench", code=1)
     if row.value is None or row.weight == 0:
         if row.value is not None or row.weight != 0 or row.dimension not in MAY_DROP:

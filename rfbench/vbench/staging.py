@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from rfbench.errors import UserError
 from rfbench.records import Clip, sha256_of
-from rfbench.vbench.prompts import SAMPLES
 
 LONGEST_NAME = 255  # bytes, of every common file system
 
@@ -113,15 +112,3 @@ def _refuse_stray(named: Mapping[str, Clip], out: Path) -> None:
     stray = [name for name in there if unicodedata.normalize("NFC", name) not in forms]
     if stray:
         raise UserError(f"{out} holds {len(stray)} files that do not belong there ({', '.join(stray[:3])}); name an empty folder")
-
-
-def first_static(named: Mapping[str, Clip], kept: Mapping[str, int]) -> dict[str, Clip]:
-    """The same names with temporal flickering's clips filtered: `kept` is clip id -> new number, 0 to 4, as VBench renumbers them."""
-    found: dict[str, Clip] = {}
-    for name, clip in named.items():
-        if not name.startswith("temporal_flickering/"):
-            found[name] = clip
-        elif clip.id in kept:
-            assert kept[clip.id] < SAMPLES
-            found[f"temporal_flickering/{clip.prompt}-{kept[clip.id]}.mp4"] = clip
-    return found

@@ -5,7 +5,7 @@ A job is a JSON file: {"driver": "fast", "device": "cpu", "random": null, "items
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ DRIVERS = ("fast", "official")
 
 @dataclass(frozen=True)
 class Item:
-    """One number that is wanted: a dimension of a clip, or of its frames [begin, end)."""
+    """One number that is wanted: a dimension of a clip, of its frames [begin, end), or of some."""
 
     id: str  # returned as it is
     path: str
@@ -24,6 +24,7 @@ class Item:
     begin: int = 0
     end: int | None = None
     frames: int | None = None  # of the file, if known: another length is refused
+    at: Sequence[int] | None = None  # these frames of the file alone; not together with `begin` and `end`
 
 
 @dataclass(frozen=True)

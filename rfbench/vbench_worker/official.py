@@ -27,7 +27,7 @@ def score(dimension: str, items: Sequence[Item], device: torch.device) -> Iterat
     readable, frames = [], {}
     for item in items:
         try:
-            if item.begin or item.end is not None:
+            if item.begin or item.end is not None or item.at is not None:
                 raise UnreadableError("vbench's own functions score whole files, not segments; use the fast driver")
             frames[item.id] = len(Footage(Path(item.path), frames=item.frames).bgr)
             readable.append(item)

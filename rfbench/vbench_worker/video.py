@@ -7,6 +7,7 @@ are tagged as BT.709 or have ten bits they do not, so that neither stands in for
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ class UnreadableError(Exception):
 
 
 class Footage:
-    """A clip or the frames [begin, end) of one; a reader decodes when it is first asked for, and all dimensions share the result.
+    """A clip, the frames [begin, end) of one or some (`at`); a reader decodes when it is first asked for, and all dimensions share the result.
 
     Raises (all methods):
         UnreadableError: not an mp4 file, empty, truncated, or not of the length that was expected.
     """
 
-    def __init__(self, path: Path, begin: int = 0, end: int | None = None, frames: int | None = None) -> None:
-        self.path, self.begin, self.end, self.expected = path, begin, end, frames
+    def __init__(self, path: Path, begin: int = 0, end: int | None = None, frames: int | None = None, at: Sequence[int] | None = None) -> None:
+        self.path, self.begin, self.end, self.expected, self.at = path, begin, end, frames, at
         self.shared: dict[str, Any] = {}  # what dimensions computed from these frames and others may use
         if path.suffix != ".mp4":
             raise UnreadableError(f"{path.name} is not an .mp4 file, which is all that VBench reads")
@@ -55,7 +56,7 @@ class Footage:
         if len({frame.shape for frame in found}) > 1:
             raise UnreadableError(f"{self.path.name} changes its size on the way")
         self._check_length(len(found), promised)
-        return fps, np.stack(found[self.begin : self.end])
+        return fps, np.stack([found[k] for k in self._wanted(len(found))])
 
     @property
     def fps(self) -> float:
@@ -90,12 +91,15 @@ class Footage:
         try:
             decord.bridge.set_bridge("native")
             reader = decord.VideoReader(str(self.path), num_threads=1, **size)
-            inside = range(len(reader))[self.begin : self.end]
+            inside = self._wanted(len(reader))
             self._check_length(len(reader), len(reader))
             return np.asarray(reader.get_batch([inside[k] for k in picked(len(inside))]).asnumpy())
         except (decord.DECORDError, RuntimeError) as error:
             last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise UnreadableError(f"{self.path.name} is not a video that decord can decode ({last})") from None
+
+    def _wanted(self, length: int) -> Sequence[int]:
+        return range(length)[self.begin : self.end] if self.at is None else self.at
 
     def _check_length(self, length: int, promised: int) -> None:
         wanted = promised if self.expected is None else self.expected

@@ -100,15 +100,15 @@ def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str])
                 yield _row(item, versions[item.dimension], result, time.perf_counter() - begun)
 
 
-def _clip(item: Item) -> tuple[str, int, int]:
-    return item.path, item.begin, -1 if item.end is None else item.end
+def _clip(item: Item) -> tuple[str, int, int, tuple[int, ...]]:
+    return item.path, item.begin, -1 if item.end is None else item.end, tuple(item.at or ())
 
 
 def _read(group: Sequence[Item]) -> Footage | str:
     """Decode a clip as its dimensions will want it, ahead of them; a reader that fails will say so to the dimensions that use it."""
     first = group[0]
     try:
-        footage = Footage(Path(first.path), first.begin, first.end, first.frames)
+        footage = Footage(Path(first.path), first.begin, first.end, first.frames, first.at)
     except UnreadableError as error:
         return str(error)
     for attribute in sorted({READERS.get(item.dimension, "decord") for item in group}):
