@@ -300,9 +300,15 @@ def test_between_clips_the_first_frames_are_compared(tmp_path):
         assert found["fused"] == pytest.approx(100 * statistics.mean([long.fused(within[0], row["value"], of), within[1]]))
 
 
+def written(parts, target, fps):
+    """Texts stand for videos here."""
+    records.write_text(target, f"first of {[part.stem for part in parts]}")
+    return target
+
+
 def test_with_compat_the_longest_dimension_cuts_clips_are_files_and_consistency_is_fused(tmp_path, monkeypatch):
     monkeypatch.setattr(long, "write_part", lambda source, target, *part: records.write_text(target, source.read_text()))
-    monkeypatch.setattr(long, "write_first_frames", lambda parts, target, fps: records.write_text(target, "first") or target)
+    monkeypatch.setattr(long, "write_first_frames", written)
     run = made(tmp_path / "run", suites.load_suite("vbench-forcing", limit=8), frames=lambda clip: 320)
     evaluate(run, ["vbench-long-compat"])
     mine = [json.loads(line) for line in lines(run / "scores" / "vbench-long-compat" / "rows.jsonl")]

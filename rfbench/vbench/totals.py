@@ -84,7 +84,7 @@ def read(source: str, *, fractions: bool = False, board: Board = T2V) -> dict[st
     where = "standard input" if source == "-" else source
     try:
         text = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _once(pairs, where), parse_int=float)
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _once(pairs, where), parse_int=float)
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}); give a JSON file of dimensions, or - for standard input") from None
     except (ValueError, RecursionError) as error:
