@@ -435,6 +435,10 @@ def _run(name_or_path: str) -> Path:
     for path in (Path(name_or_path), settings().runs / "bench" / name_or_path):
         if (path / "run.json").is_file() or (path.suffix == ".json" and path.is_file()):
             return path
+    from rfbench import mirror
+
+    if not Path(name_or_path).is_absolute() and mirror.bring(path):
+        return path
     raise UserError(f"there is no run '{name_or_path}'{did_you_mean(name_or_path, runs())}")
 
 

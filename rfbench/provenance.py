@@ -2,7 +2,7 @@
 
 Every verb works inside `session`. It creates the directory or continues it, refuses other inputs in the same place, keeps
 other processes out, and leaves `run.json` in a state from which the same command goes on: a process that is killed leaves
-`running`, and its locks go with it. Standard library only; torch is described if somebody has imported it, never imported.
+`running`, and its locks go with it. torch is described if somebody has imported it, never imported.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import rfbench
+from rfbench import mirror
 from rfbench.errors import UserError
 from rfbench.records import DONE, FAILED, RUNNING, Run, canonical, fingerprint, read_run, write_run
 from rfbench.settings import HOME
@@ -185,6 +186,7 @@ def session(
         if writer is not None:
             raise UserError("--fresh together with --shard would remove what other shards have made; remove the run first, then start the shards")
         _remove(directory)
+        mirror.forget(directory)
     with _writing(directory, writer):
         handle = _open(directory, Run(verb, name, plain, fingerprint(plain), recorded=environment(), started=now()))
         if not handle.done:
@@ -274,6 +276,7 @@ def _writing(directory: Path, writer: str | None) -> Iterator[None]:
         else:
             for path in directory.parent.glob(f".{directory.name}.old-*"):  # somebody was killed while removing it
                 shutil.rmtree(path, ignore_errors=True)
+        stack.enter_context(mirror.following(directory, writer))
         yield
 
 
@@ -285,7 +288,7 @@ def alone(directory: Path) -> Iterator[None]:
         UserError: another process writes there (code 1).
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / LOCK, last_out=lambda: _sweep(directory)):
+    with _locked(directory / LOCK, last_out=lambda: _sweep(directory)), mirror.following(directory, None):
         yield
 
 
@@ -302,7 +305,7 @@ def _remove(directory: Path) -> None:
     """Take a run away as a whole: under its name there is all of it or nothing, whenever this process dies."""
     if not directory.exists():
         return
-    if not (directory / "run.json").exists() and not _blank(directory):
+    if not (directory / "run.json").exists() and not _blank(directory) and not any(directory.glob(mirror.REMEMBERED.format("*"))):
         raise UserError(f"{directory} holds files but no run.json, so --fresh does not remove it; remove it yourself")
     with _locked(directory / LOCK):
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))

@@ -30,6 +30,7 @@ class PathsCfg:
     weights: str = "weights"
     reports: str = "reports"
     envs: str = "envs"
+    mirror: str | None = None  # where fsspec can write; see `rfbench.mirror`
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Settings:
     weights: Path  # weights that are too large to ship
     reports: Path
     envs: Path  # interpreters of their own, that `rfbench env` builds
+    mirror: str | None  # where runs have a copy
     judge: JudgeCfg
     fast: FastCfg
     hardware: dict[str, Hardware]
@@ -135,9 +137,9 @@ def settings() -> Settings:
     home = path.parent if path else Path.cwd()
     paths = found.paths
     for name, folder in vars(paths).items():
-        if "://" in folder:  # runs live by locks and renames, which object stores do not have
-            raise UserError(
-                f"{path}: '{name}' is {folder}, and an object store cannot hold it; name a disk that all machines share, and copy from there"
-            )
+        if name != "mirror" and "://" in folder:  # runs live by locks and renames, which object stores do not have
+            raise UserError(f"{path}: '{name}' is {folder}, and an object store cannot hold it; name a disk, and the store as 'mirror'")
+    if paths.mirror is not None and "://" not in paths.mirror:
+        raise UserError(f"{path}: 'mirror' is {paths.mirror}; write an address such as s3://bucket/runs or file:///shared/runs")
     runs, weights, reports, envs = (home / Path(folder).expanduser() for folder in (paths.runs, paths.weights, paths.reports, paths.envs))
-    return Settings(runs, weights, reports, envs, found.judge, found.fast, found.hardware)
+    return Settings(runs, weights, reports, envs, paths.mirror, found.judge, found.fast, found.hardware)

@@ -252,7 +252,10 @@ def test_settings_of_the_current_directory_come_before_the_checkout(tmp_path, mo
         ("[hardware.x]\ntitle = 'X'\n", "'match' is missing"),
         ("[hardware.x]\ntitle = 'X'\nmatch = 'X'\ntflops = {float32 = 'fast'}\n", "expected float, found 'fast'"),
         ("[paths\n", "not valid TOML"),
-        ("[paths]\nruns = 's3://bucket/runs'\n", "'runs' is s3://bucket/runs, and an object store cannot hold it"),
+        (
+            "[paths]\nruns = 's3://bucket/runs'\n",
+            "'runs' is s3://bucket/runs, and an object store cannot hold it; name a disk, and the store as 'mirror'",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_with_one_sentence(folders, text, sentence):
