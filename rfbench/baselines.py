@@ -13,6 +13,7 @@ from torch import nn
 
 from rfbench import config, strict
 from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, pixel_frames
+from rfbench.backbones.wan.float8 import missing
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import RANDOM
@@ -85,11 +86,13 @@ def prepare(
     With `random_weights` nothing is looked for; `reduced` then makes the network small, where the backbone has a small size.
 
     Raises:
-        UserError: it does not exist, a key is wrong, or its weights are missing or altered.
+        UserError: it does not exist, a key is wrong, its weights are missing or altered, or this device cannot multiply as it says.
     """
     baseline = config.whole_name(Baseline, baseline)
     path = config.find(Baseline, baseline)
     cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)
+    if cfg.precision == "float8" and (why := missing(device())) is not None:
+        raise UserError(f"'{baseline}' with precision 'float8' {why}; take 'bfloat16'")
     if name is None:
         called = config.name_of(baseline)
         name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml

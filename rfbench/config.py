@@ -19,6 +19,7 @@ from rfbench.learning import Precision as Precision
 from rfbench.learning import PrecisionCfg as PrecisionCfg
 from rfbench.learning import RewardCfg as RewardCfg
 from rfbench.learning import SamplesCfg as SamplesCfg
+from rfbench.learning import Streamed as Streamed
 from rfbench.settings import HOME
 from rfbench.strict import build, load_plain
 
@@ -197,13 +198,22 @@ class Baseline:
     weights: WeightsCfg
     sampler: SamplerCfg
     license: License
-    precision: Precision | None = None  # of the network; null is the backbone's own
-    decoder: Literal["vae", "tiny"] | None = None  # tiny: approximate, and every number that it was part of is marked
+    precision: Streamed | None = None  # of the network; null is the backbone's own; float8: approximate, and marked wherever it counts
+    decoder: Literal["vae", "tiny"] | None = None  # tiny: approximate likewise
     paper: str | None = None
     code: str | None = None  # the authors': GitHub repository@commit
     max_latents: int | None = None  # longest clip that it can make; None is any length
     saw: tuple[str, ...] = ()  # metrics that were optimised in training
     trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
+
+    def __post_init__(self) -> None:
+        if self.precision == "float8" and self.sampler.solver in ("rolling", "forcing"):
+            raise UserError(f"precision 'float8' is for passes of one chunk, and solver '{self.sampler.solver}' has several in work; take 'bfloat16'")
+
+    @property
+    def approximate(self) -> tuple[str, ...]:
+        """What of it is not computed as its authors do; every number that it was part of is marked."""
+        return tuple(name for name, there in (("8-bit products", self.precision == "float8"), ("tiny decoder", self.decoder == "tiny")) if there)
 
 
 @dataclass(frozen=True)

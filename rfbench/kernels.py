@@ -1,5 +1,7 @@
 """Triton kernels for the DiT's passes: what lies between its products in one reading and one writing each, computed in float32.
 
+Where the products are of 8-bit floats (`rfbench.backbones.wan.float8`), what comes out for them is quantised on the way.
+
 Tested with Triton's interpreter on a CPU; none of them has run on a GPU yet.
 
 Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has room for, M width, h heads, D head width, G groups of rows.
@@ -7,6 +9,7 @@ Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has ro
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,8 +93,40 @@ def place(
 
 
 @triton.jit
+def _to_float8(value):
+    """To the nearest of float8_e4m3fn, halves to even. Rounded before it is converted: Triton's interpreter does not carry into the exponent."""
+    bits = value.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    fixed = (value + 24576.0) - 24576.0  # below its least normal number it knows multiples of 2^-9: 24576 leaves a float32 as many bits
+    return tl.where(tl.abs(value) < 0.015625, fixed, normal).to(tl.float8e4nv)
+
+
+@triton.jit
+def _store_float8(value, out, scales, row, at, there, WIDTH: tl.constexpr):
+    """A row as `rfbench.backbones.wan.float8.quantised` gives it."""
+    scale = tl.maximum(tl.max(tl.abs(tl.where(there, value, 0.0))), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(out + row * WIDTH + at, _to_float8(value / scale), there)
+
+
+@triton.jit
 def _norm(
-    x, gate, y, total, shift, gain, out, group, gate_group, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr
+    x,
+    gate,
+    y,
+    total,
+    shift,
+    gain,
+    out,
+    scales,
+    group,
+    gate_group,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    ADDED: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -109,29 +144,57 @@ def _norm(
     value = tl.where(there, value - middle, 0.0)
     value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
     value = value * tl.load(gain + table, there, 0.0).to(tl.float32) + tl.load(shift + table, there, 0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + at, value, there)
+    if EIGHT:
+        _store_float8(value, out, scales, row, at, there, WIDTH)
+    else:
+        tl.store(out + row * WIDTH + at, value, there)
 
 
-def modulate(x_RM: Tensor, shift: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """LN(x) gain + shift, in the dtype of the gain; the tables are [M], or [G, ..., M] with one for each G-th of the rows."""
-    out = torch.empty(x_RM.shape, dtype=gain.dtype, device=x_RM.device)
-    _launch(x_RM, None, None, x_RM, shift, gain, out, eps)
-    return out
+Rows = Tensor | tuple[Tensor, Tensor]  # in the dtype of the gain; or with `eight` in 8 bits, and a scale for each row
 
 
-def add_and_modulate(x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def modulate(x_RM: Tensor, shift: Tensor, gain: Tensor, eps: float, *, eight: bool = False) -> Rows:
+    """LN(x) gain + shift; the tables are [M], or [G, ..., M] with one for each G-th of the rows."""
+    return _launch(x_RM, None, None, x_RM, shift, gain, eps, eight)
+
+
+def add_and_modulate(
+    x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor, eps: float, *, eight: bool = False
+) -> tuple[Tensor, Rows]:
     """x + gate y (or x + y), and `modulate` of it."""
-    total, out = torch.empty_like(x_RM), torch.empty(x_RM.shape, dtype=gain.dtype, device=x_RM.device)
-    _launch(x_RM, gate, y_RM, total, shift, gain, out, eps)
-    return total, out
+    total = torch.empty_like(x_RM)
+    return total, _launch(x_RM, gate, y_RM, total, shift, gain, eps, eight)
 
 
-def _launch(x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor, shift: Tensor, gain: Tensor, out: Tensor, eps: float) -> None:
+def _launch(x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor, shift: Tensor, gain: Tensor, eps: float, eight: bool) -> Rows:
     rows, width = x.shape
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn if eight else gain.dtype, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if eight else out
     groups, gates = gain.numel() // width, 1 if gate is None else gate.numel() // width
     sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "GATED": gate is not None, "ADDED": y is not None}
-    given = (x, x if gate is None else gate.contiguous(), x if y is None else y, total, shift.contiguous(), gain.contiguous(), out)
-    _norm[(rows,)](*given, rows // groups, rows // gates, eps, **sizes)
+    given = (x, x if gate is None else gate.contiguous(), x if y is None else y, total, shift.contiguous(), gain.contiguous(), out, scales)
+    _norm[(rows,)](*given, rows // groups, rows // gates, eps, EIGHT=eight, **sizes)
+    return (out, scales) if eight else out
+
+
+@triton.jit
+def _quantised(x, out, scales, slope, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    there = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
+    if GELU:
+        value = value * tl.sigmoid(slope * (value + 0.044715 * value * value * value))
+    _store_float8(value, out, scales, row, at, there, WIDTH)
+
+
+def quantised(x_RM: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """`rfbench.backbones.wan.float8.quantised`, of GELU's tangent form or of the rows as they are."""
+    (rows, width), slope = x_RM.shape, 2 * math.sqrt(2 / math.pi)
+    out, scales = torch.empty(x_RM.shape, dtype=torch.float8_e4m3fn, device=x_RM.device), torch.empty(rows, 1, device=x_RM.device)
+    block = triton.next_power_of_2(width)
+    _quantised[(rows,)](x_RM.contiguous(), out, scales, slope, WIDTH=width, BLOCK=block, GELU=gelu, num_warps=4 if block <= 2048 else 16)
+    return out, scales
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rfbench import attention, baselines, flops, hardware, provenance, records, video
 from rfbench.backbones.base import TEMPORAL, Backbone
+from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
@@ -98,13 +99,13 @@ def reference(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCf
     return naive(backbone, text_BLE, latents, cfg, noise, initial_BFCHW)
 
 
-def streamed(shortcuts: Shortcuts) -> Run:
-    """The shared sampler with the given shortcuts."""
+def streamed(shortcuts: Shortcuts, *, eight: bool = False) -> Run:
+    """The shared sampler with the given shortcuts, and with products of 8-bit floats."""
     made: dict[int, LeanDiT] = {}  # kept between clips, as `rfbench.generate` does
 
     def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
         model = backbone.denoiser
-        lean = made.get(id(model)) or made.setdefault(id(model), LeanDiT(model, shortcuts))
+        lean = made.get(id(model)) or made.setdefault(id(model), LeanDiT(model, shortcuts, eight=eight))
         return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, initial_BFCHW=initial_BFCHW, lean=lean))
 
     return run
@@ -119,6 +120,8 @@ def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Ba
     for name in names:
         taken[name] = True
         found.append(Way(name, "exact", streamed(Shortcuts(**taken)), backbone, cfg))
+    if float8.missing(backbone.denoiser.head.modulation.device) is None:
+        found.append(Way(EIGHT, "approximate", streamed(Shortcuts(**taken), eight=True), backbone, cfg))
     full = streamed(Shortcuts(**taken))
     return found + [Way(name, "approximate", full, *changed) for name, changed in (approximate or {}).items()]
 
@@ -134,15 +137,15 @@ def climb(prompt: str, steps: Sequence[Way], *, chunks: int, turns: int, peak: f
     """
     if chunks < STEADY + 2:
         raise ValueError(f"a ladder of {chunks} chunks never gets steady; the least is {STEADY + 2}")
-    texts = {id(way.backbone): way.backbone.encode_text([prompt]) for way in steps}
+    text_BLE = steps[0].backbone.encode_text([prompt])  # of all rungs: no approximation is one of the text encoder
     made, taken, decoding = dict[str, list[Tensor]](), dict[str, list[float]](), dict[str, float]()
     for way in steps:  # which also warms up
-        made[way.name], _ = once(way, texts[id(way.backbone)], chunks)
+        made[way.name], _ = once(way, text_BLE, chunks)
         decoding[way.name] = decoding_seconds(way, made[way.name])
         taken[way.name] = []
     for _ in range(turns):
         for way in steps:
-            taken[way.name].append(once(way, texts[id(way.backbone)], chunks)[1])
+            taken[way.name].append(once(way, text_BLE, chunks)[1])
     base, error = steps[0].name, errors(prompt, steps, chunks)
     found = []
     for way in steps:
@@ -268,6 +271,7 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else float("inf")
 
 
+EIGHT = "8-bit products"  # for itself too, of the weights that are there
 APPROXIMATE = {  # what a baseline can be set to that changes its videos, each for itself
     "no context": ("sampler.context=last_step",),
     "half the steps": ("sampler.steps={half}",),
@@ -298,6 +302,8 @@ def profile(
     ready = baselines.prepare(baseline, fields, name=name, random_weights=random_weights, reduced=reduced)
     if not possible(ready.cfg.sampler):
         raise UserError(f"'{baseline}' has no ladder: rung 0 knows few steps with fresh noise over a plain cache, and neither guidance nor shots")
+    if ready.cfg.precision == "float8":
+        raise UserError(f"'{baseline}' with precision 'float8' has no ladder of its own: that is a rung of the other's; leave it out")
     device = baselines.device()
     machine = hardware.name(device)
     directory = settings().runs / "ladder" / ready.name / machine
@@ -328,7 +334,8 @@ def approximations(
     baseline: str, fields: Sequence[str], ready: Prepared, backbone: Backbone
 ) -> tuple[dict[str, tuple[Backbone, SamplerCfg]], dict[str, str]]:
     """The approximations that a baseline can be set to, and why others are left out."""
-    steps, found, left_out = ready.cfg.sampler.steps, dict[str, tuple[Backbone, SamplerCfg]](), dict[str, str]()
+    steps, found, why = ready.cfg.sampler.steps, dict[str, tuple[Backbone, SamplerCfg]](), float8.missing(baselines.device())
+    left_out = {} if why is None else {EIGHT: why}
     half = steps // 2 if isinstance(steps, int) else list(steps[::2])
     for called, changes in APPROXIMATE.items():
         asked = [*fields, *(field.format(half=half) for field in changes)]

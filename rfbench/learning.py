@@ -8,6 +8,7 @@ from typing import Literal
 from rfbench.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "mixed"]
+Streamed = Literal[Precision, "float8"]  # how a network streams: float8 is bfloat16 with products of 8-bit floats, which no gradient comes from
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,10 @@ def profile(
             cfg, prompts = ready.cfg.sampler, [prompt.text for prompt in load_suite("smoke").prompts]
             lean, latents = sampler.lean_of(backbone, cfg), ready.latents(CLIP, "the profile")
             run.record(
-                precision=stopwatch.precision(backbone), decoder=ready.cfg.decoder, shortcuts=lean.taken if lean else [], fps=backbone.shape.fps
+                precision=stopwatch.precision(backbone),
+                approximate=ready.cfg.approximate,
+                shortcuts=lean.taken if lean else [],
+                fps=backbone.shape.fps,
             )
 
             def make(count: int, repeat: int) -> tuple[tuple[Chunk, ...], ...]:

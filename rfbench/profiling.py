@@ -209,7 +209,7 @@ def _rise(line: Mapping[str, Any], scale: float) -> str:
 
 def _marks(about: Mapping[str, Any]) -> str:
     """What a reader of a contender's numbers has to know beside its name."""
-    found = [text for text, there in (("random weights", about["weights_sha256"] == RANDOM), ("tiny decoder", about["decoder"] == "tiny")) if there]
+    found = [*(["random weights"] if about["weights_sha256"] == RANDOM else []), *about.get("approximate", ())]
     return f" ({', '.join(found)})" if found else ""
 
 

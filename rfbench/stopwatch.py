@@ -133,7 +133,7 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     about = {
         "weights_sha256": ready.weights_sha256,
         "precision": precision(backbone),
-        "decoder": ready.cfg.decoder,
+        "approximate": ready.cfg.approximate,
         "memory": what,
         "energy": whose,
         "chunks": chunks,
@@ -149,7 +149,8 @@ def precision(backbone: Backbone) -> dict[str, str]:
     text = getattr(backbone, "text", None)
     if isinstance(text, WanText):
         found["text"] = {text.dtype}
-    return {name: "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) for name, dtypes in found.items() if dtypes}
+    told = {name: "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) for name, dtypes in found.items() if dtypes}
+    return told | ({"denoiser's products": "float8_e4m3fn"} if backbone.denoiser.cfg.float8 else {})
 
 
 def forget_prompts(backbone: Backbone) -> None:

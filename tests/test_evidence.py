@@ -212,7 +212,7 @@ OPEN = {
     "code with uncommitted changes": lambda run: run["recorded"]["code"].__setitem__("dirty", True),
     "code of no known commit": lambda run: run["recorded"].__setitem__("continued_on", [{"code": {"commit": None, "dirty": None}}]),
     "weights whose hash is not declared": lambda run: run["recorded"]["baseline"].update(weights={"file": "x.pt"}, trained_by={}),
-    "an approximate decoder": lambda run: run["recorded"]["baseline"].__setitem__("decoder", "tiny"),
+    "approximate: tiny decoder": lambda run: run["recorded"]["baseline"].__setitem__("decoder", "tiny"),
     "random weights": lambda run: run["inputs"].__setitem__("weights_sha256", "random"),
     "videos made elsewhere": lambda run: run["inputs"].__setitem__("weights_sha256", "imported"),
     "part or another version of suite toy-short": lambda run: run["inputs"]["suite"].__setitem__("sha256", "0" * 64),

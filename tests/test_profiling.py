@@ -333,7 +333,7 @@ def test_random_weights_need_no_file_and_are_marked(tmp_path, monkeypatch):
     document = {
         "timings": {"a": found, "b": {}},
         "length": {"a": {"seconds": line, "bytes": short}, "b": {}},
-        "recorded": {"contenders": {"a": contestant.about, "b": {"weights_sha256": "f", "decoder": "tiny"}}},
+        "recorded": {"contenders": {"a": contestant.about, "b": {"weights_sha256": "f", "approximate": ["tiny decoder"]}}},
     }
 
     def row(name: str, counts: str, cell: str) -> dict[str, str]:
@@ -384,7 +384,7 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     found = json.loads(told.splitlines()[-1])
     names = [rung["name"] for rung in found["rungs"]]
-    assert names[:2] == ["naive", "slots"] and names[-2:] == ["no context", "half the steps"] and "joint" in names
+    assert names[:2] == ["naive", "slots"] and names[-3:] == ["8-bit products", "no context", "half the steps"] and "joint" in names
     assert found["name"] == "climb/cpu" and found["status"] == "done" and found["asked"] == {"chunks": 5, "repeats": 2}
     assert found["recorded"]["peak_is"].startswith("measured") and found["recorded"]["peak_tflops"] > 0
     assert list(found["recorded"]["left_out"]) == ["tiny decoder"] and "does not use 'decoder'" in found["recorded"]["left_out"]["tiny decoder"]

@@ -12,6 +12,7 @@ L text tokens, E text width, P values per patch (3 x 4 x 8 x 8).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from torch.nn import functional
 from rfbench import world
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
-from rfbench.config import WeightsCfg
+from rfbench.config import Streamed, WeightsCfg
+from rfbench.errors import UserError
 from rfbench.weights import load_into
 
 PATCH = 8
@@ -145,9 +147,11 @@ class ToyBackbone(nn.Module):
 
     shape = SHAPE
 
-    def __init__(self) -> None:
+    def __init__(self, *, precision: Streamed = "float32") -> None:
         super().__init__()
-        self.denoiser = WanDiT(DIT)
+        if precision not in ("float32", "float8"):
+            raise UserError(f"backbone 'toy' does not use 'precision' {precision}; it computes in float32, or approximately with float8")
+        self.denoiser = WanDiT(replace(DIT, float8=precision == "float8"))
         self.text = ToyText()
         self.autoencoder = Autoencoder()
 

@@ -7,7 +7,7 @@ whose hash is declared. Everything else is shown as well, apart and with its rea
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rfbench import suites
@@ -25,7 +25,7 @@ def why_open(cell: Any, benches: Mapping[tuple[str, str], Bench], timings: Mappi
     own = [bench for (_, suite), bench in benches.items() if suite == cell.column and bench.run.name in names]
     timed = [item for item in timings.get((cell.row, cell.column), ()) if item.run.name in names]
     reasons = [reason for bench in own for reason in (_code(bench.run), _weights(bench), _suite(bench.suite, bench.suite_sha256))]
-    reasons += [reason for item in timed for reason in (_code(item.run), "random weights" if item.weights_sha256 == RANDOM else "")]
+    reasons += [reason for item in timed for reason in (_code(item.run), "random weights" if item.weights_sha256 == RANDOM else "", _how(item))]
     return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
@@ -38,6 +38,15 @@ def _code(run: Run) -> str:
     return "code with uncommitted changes" if any(code.get("dirty") is not False for code in codes) else ""
 
 
+def _how(timed: Timed) -> str:
+    """In what a timed contender is approximate."""
+    return _told(timed.run.recorded.get("contenders", {}).get(timed.contender, {}).get("approximate", ()))
+
+
+def _told(approximate: Sequence[str]) -> str:
+    return f"approximate: {', '.join(approximate)}" if approximate else ""
+
+
 def _weights(bench: Bench) -> str:
     if bench.weights_sha256 == RANDOM:
         return "random weights"
@@ -46,8 +55,8 @@ def _weights(bench: Bench) -> str:
     told = bench.baseline
     if isinstance(told, External):
         pinned = all(part.sha256 is not None for part in (told.weights, *told.parts.values()))
-    elif told.decoder == "tiny":
-        return "an approximate decoder"
+    elif told.approximate:
+        return _told(told.approximate)
     else:
         pinned = told.weights.sha256 is not None or "fingerprint" in told.trained_by
     return "" if pinned else "weights whose hash is not declared"

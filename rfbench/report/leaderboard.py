@@ -31,7 +31,10 @@ BOARD = "profile"  # stands for all contenders where a problem is with the run t
 
 
 RANDOM_WEIGHTS = "its weights are random, so its scores mean nothing"
-TINY_DECODER = "its pixels come from the tiny decoder, so its scores and the times that count decoding are approximate"
+APPROXIMATE = {
+    "8-bit products": "its network multiplies 8-bit floats, so its scores and times are approximate",
+    "tiny decoder": "its pixels come from the tiny decoder, so its scores and the times that count decoding are approximate",
+}
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ def _described(row: Row, benches: Sequence[Bench]) -> Row:
     caveats = [RANDOM_WEIGHTS] if any(bench.weights_sha256 == RANDOM for bench in benches) else []
     if isinstance(first, External):
         return dataclasses.replace(row, title=first.title, saw=first.saw, caveats=(*caveats, first.protocol))
-    caveats += [TINY_DECODER] if any(getattr(bench.baseline, "decoder", None) == "tiny" for bench in benches) else []
+    caveats += [APPROXIMATE[what] for what in first.approximate]
     seeds = row.seeds or ((int(first.trained_by["seed"]),) if "seed" in first.trained_by else ())
     return dataclasses.replace(row, title=first.title, saw=first.saw, seeds=seeds, caveats=tuple(caveats))
 

@@ -24,7 +24,7 @@ from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed,
 from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
 from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22
-from rfbench.config import Precision, WeightsCfg
+from rfbench.config import Streamed, WeightsCfg
 from rfbench.settings import settings
 from rfbench.weights import load_into, read_tensors
 
@@ -106,13 +106,14 @@ class WanBackbone(nn.Module):
     """Denoiser, text encoder and autoencoder of one member; the weights are on `meta` until `load` or `fresh`.
 
     `precision`: everything in bfloat16, as the students of the Self Forcing family run; `mixed`, as Wan's own code runs, with the
-    DiT's float32 islands and the autoencoder in float32; or everything in float32. `decoder: tiny` decodes approximately.
+    DiT's float32 islands and the autoencoder in float32; or everything in float32. `float8` is bfloat16 whose streams multiply 8-bit
+    floats, and `decoder: tiny` decodes with another network: both are approximate.
     """
 
-    def __init__(self, member: Member, *, precision: Precision, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
+    def __init__(self, member: Member, *, precision: Streamed, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
         super().__init__()
         member = smaller(member) if reduced else member
-        self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed"))
+        self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed", float8=precision == "float8"))
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.vae_dtype = torch.float32 if precision == "mixed" else self.dtype
         rows, columns = member.height // member.vae.patch, member.width // member.vae.patch
@@ -217,17 +218,17 @@ def draw(module: nn.Module, rng: torch.Generator) -> None:
             nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
 
-def wan_1_3b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+def wan_1_3b(*, precision: Streamed = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
     return WanBackbone(WAN_1_3B, precision=precision, decoder=decoder, reduced=reduced)
 
 
-def wan_14b(*, precision: Precision = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+def wan_14b(*, precision: Streamed = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
     return WanBackbone(WAN_14B, precision=precision, decoder=decoder, reduced=reduced)
 
 
-def skyreels_df_1_3b(*, precision: Precision = "mixed", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
+def skyreels_df_1_3b(*, precision: Streamed = "mixed", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
     return WanBackbone(SKYREELS_DF_1_3B, precision=precision, decoder=decoder, reduced=reduced)
 
 
-def wan22_5b(*, precision: Precision = "bfloat16", reduced: bool = False) -> WanBackbone:
+def wan22_5b(*, precision: Streamed = "bfloat16", reduced: bool = False) -> WanBackbone:
     return WanBackbone(WAN_5B, precision=precision, decoder="vae", reduced=reduced)

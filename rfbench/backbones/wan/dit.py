@@ -37,6 +37,7 @@ class DiTCfg:
 
     `islands`: time embedding, modulation, norms, residual stream and head stay in float32 whatever dtype the rest has, as in
     Wan's own network. The students of the Self Forcing family have no such islands. In float32 there is no difference.
+    `float8`: passes without gradients make the blocks' products from 8-bit floats, which is approximate.
     `fps`: the network is told the frame rate, in five tensors more (SkyReels-V2-DF-1.3B; it knows 16 and everything else).
     """
 
@@ -52,6 +53,7 @@ class DiTCfg:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     islands: bool = False
+    float8: bool = False
     fps: int | None = None
 
     @property

@@ -1,7 +1,8 @@
 """The Wan2.1 diffusion transformer for streaming: what `WanDiT` computes, without what a pass without gradients can leave out.
 
 A stream has one text and a few timesteps, which all tokens of a pass share, and of its clean pass only keys and values are
-wanted. So more is known beforehand than `WanDiT.forward` may assume. Weights are read where the model keeps them.
+wanted. So more is known beforehand than `WanDiT.forward` may assume. Weights are read where the model keeps them. With `DiTCfg.float8`
+or `eight` the products of the blocks are approximate, see `rfbench.backbones.wan.float8`: the one thing here that is more than a shortcut.
 
 All tokens of a pass are rows of one matrix, clip by clip; where a clean pass goes along with the next chunk's first step, its rows come first.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rfbench.attention import attend, rotate, rotations
+from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.dit import Block, Cache, TextKV, WanDiT
 from rfbench.backbones.wan.graphs import Graphs
 from rfbench.cache import KVCache, Move
@@ -71,19 +73,23 @@ class Product:
         return torch.addmm(self.bias, x_RK if x_RK.dtype == self.bias.dtype else x_RK.to(self.bias.dtype), self.weight_KN)
 
 
+Times = Callable[[Any], Tensor]  # a `Product`, or a `float8.Product8`, which takes `Rows8` too
+Rows = Tensor | float8.Rows8
+
+
 @dataclass(frozen=True)
 class Layer:
     """The weights of a block."""
 
-    qkv: tuple[Product, ...]  # three, or one for all
+    qkv: tuple[Times, ...]  # three, or one for all
     norm_qk: Tensor  # [2, M]
-    o: Product
+    o: Times
     norm3: tuple[Tensor, Tensor]
-    cross_q: Product
+    cross_q: Times
     cross_norm_q: Tensor
-    cross_o: Product
-    up: Product
-    down: Product
+    cross_o: Times
+    up: Times
+    down: Times
 
 
 Look = Callable[[int, int, bool], tuple[Tensor, Tensor, Tensor]]  # layer, chunk of the pass, keep raw keys -> queries, all keys and values
@@ -99,8 +105,9 @@ class LeanDiT:
     """
 
     @torch.no_grad()
-    def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS) -> None:
+    def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: bool | None = None) -> None:
         self.model, self.shortcuts = model, shortcuts
+        self.eight = model.cfg.float8 if eight is None else eight
         self.eps, self.size, self.heads = model.cfg.eps, (model.cfg.dim,), (model.cfg.num_heads, model.cfg.head_dim)
         device = model.head.modulation.device
         self.floor, self.slope = torch.tensor(model.cfg.eps, device=device), torch.tensor(SLOPE, device=device)
@@ -109,8 +116,12 @@ class LeanDiT:
         self.kernels = importlib.import_module("rfbench.kernels") if "kernels" in self.taken else None
         self.graphs = Graphs() if "graphs" in self.taken else None
         self.caches: list[tuple[Any, KVCache]] = []  # of streams that ended, with what they were made for
-        self.layers = [read(cast(Block, block), self.taken) for block in model.blocks]
-        self.head = product(model.head.head, columns="columns" in self.taken)
+        laid = functools.partial(product, columns="columns" in self.taken)
+        of_blocks: Callable[..., Times] = laid
+        if self.eight:
+            of_blocks = functools.partial(float8.product, quantise=self.kernels.quantised) if self.kernels is not None else float8.product
+        self.layers = [read(cast(Block, block), of_blocks, merged="merged" in self.taken) for block in model.blocks]
+        self.head = laid(model.head.head)
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
         self.mode: Any = torch.inference_mode if shortcuts.untracked else torch.no_grad
 
@@ -205,7 +216,7 @@ class LeanDiT:
         rotation = self._rotation(chunks[0]) if cache is None else None
         for number, (layer, six, text_kv) in enumerate(zip(self.layers, blocks, text, strict=True)):
             shift1, gain1, gate1, shift2, gain2, gate2 = six
-            look = self._looking(layer, self._modulate(x_RM, shift1, gain1), size, cache, rotation)
+            look = self._looking(layer, self._modulate(x_RM, shift1, gain1, self.eight), size, cache, rotation)
             dropped = clean and self.shortcuts.context and number == len(self.layers) - 1
             seen = list[Tensor]()
             for place in range(len(chunks)):
@@ -226,7 +237,7 @@ class LeanDiT:
             x_RM = self._gated(x_RM, gate2, layer.down(self._gelu(layer.up(h_RM))))
         return x_RM
 
-    def _looking(self, layer: Layer, x_RM: Tensor, size: tuple[int, int, int], cache: Cache | None, rotation: Tensor | None) -> Look:
+    def _looking(self, layer: Layer, x_RM: Rows, size: tuple[int, int, int], cache: Cache | None, rotation: Tensor | None) -> Look:
         """How each chunk of a pass puts its keys and values in place and looks around."""
         if self.kernels is not None and isinstance(cache, KVCache):
             kernels, qkv = self.kernels, layer.qkv[0](x_RM).view(size[0], size[1] * size[2], -1)
@@ -259,7 +270,7 @@ class LeanDiT:
             return attend(chunks.flatten(0, 2).unsqueeze(0), *text_kv).reshape(query_RM.shape)
         return torch.cat([attend(chunk, *text_kv) for chunk in chunks]).reshape(query_RM.shape)
 
-    def _project(self, layer: Layer, x_RM: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, layer: Layer, x_RM: Rows) -> tuple[Tensor, Tensor]:
         """Normalised queries and keys [R, 2, M], and values [R, M]."""
         if self.shortcuts.merged:
             qkv = layer.qkv[0](x_RM).view(-1, 3, *self.size)
@@ -275,19 +286,19 @@ class LeanDiT:
         normed = torch.addcmul(self.floor, size, size, value=1 / self.size[0]).rsqrt_().mul(x)
         return (normed if normed.dtype == gain.dtype else normed.to(gain.dtype)).mul_(gain)
 
-    def _modulate(self, x_RM: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
-        """LN(x) gain + shift."""
+    def _modulate(self, x_RM: Tensor, shift: Tensor, gain: Tensor, eight: bool = False) -> Any:
+        """LN(x) gain + shift; with `eight`, for a product of 8-bit floats, and kernels already quantised."""
         if self.kernels is not None:
-            return cast(Tensor, self.kernels.modulate(x_RM, shift, gain, self.eps))
+            return self.kernels.modulate(x_RM, shift, gain, self.eps, eight=eight)
         if self.shortcuts.fused and x_RM.dtype == gain.dtype and gain.ndim == 1:
             return torch.layer_norm(x_RM, self.size, gain, shift, self.eps)
         normed = torch.layer_norm(x_RM, self.size, eps=self.eps)
         return torch.addcmul(shift, _split(normed, gain), gain).view(x_RM.shape)
 
-    def _add_and_norm(self, x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """x + gate y, or x + y, and the modulated norm of it."""
+    def _add_and_norm(self, x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Any]:
+        """x + gate y, or x + y, and the modulated norm of it, for a product of the block."""
         if self.kernels is not None:
-            return cast(tuple[Tensor, Tensor], self.kernels.add_and_modulate(x_RM, gate, y_RM, shift, gain, self.eps))
+            return cast(tuple[Tensor, Any], self.kernels.add_and_modulate(x_RM, gate, y_RM, shift, gain, self.eps, eight=self.eight))
         total = x_RM + y_RM if gate is None else self._gated(x_RM, gate, y_RM)
         return total, self._modulate(total, shift, gain)
 
@@ -297,7 +308,9 @@ class LeanDiT:
             return (_split(x_RM, gate) + gate * _split(y_RM, gate)).view(x_RM.shape)
         return torch.addcmul(x_RM, gate, y_RM) if gate.ndim == 1 else torch.addcmul(_split(x_RM, gate), gate, _split(y_RM, gate)).view(x_RM.shape)
 
-    def _gelu(self, x: Tensor) -> Tensor:
+    def _gelu(self, x: Tensor) -> Rows:
+        if self.kernels is not None and self.eight:
+            return cast(float8.Rows8, self.kernels.quantised(x, gelu=True))
         if not self.sigmoid:
             return functional.gelu(x, approximate="tanh")
         return torch.addcmul(self.slope, x, x, value=0.044715 * SLOPE).mul_(x).sigmoid_().mul_(x)
@@ -351,12 +364,11 @@ def product(*linears: nn.Linear, columns: bool) -> Product:
     return Product(weight, bias)
 
 
-def read(block: Block, taken: Sequence[str]) -> Layer:
+def read(block: Block, laid: Callable[..., Times], *, merged: bool) -> Layer:
     """The weights of a block."""
     own, cross, (up, _, down) = block.self_attn, block.cross_attn, block.ffn
-    laid = functools.partial(product, columns="columns" in taken)
     return Layer(
-        qkv=(laid(own.q, own.k, own.v),) if "merged" in taken else (laid(own.q), laid(own.k), laid(own.v)),
+        qkv=(laid(own.q, own.k, own.v),) if merged else (laid(own.q), laid(own.k), laid(own.v)),
         norm_qk=torch.stack([own.norm_q.weight, own.norm_k.weight]),
         o=laid(own.o),
         norm3=(block.norm3.weight, block.norm3.bias),
