@@ -27,7 +27,7 @@ test: $(VENV)/ready-dev
 
 # What compares VBench's two drivers: 2.5 GB of packages and some minutes; RFBENCH_SLOW=1 adds the large networks.
 test-vbench: $(VENV)/ready-dev
-	RFBENCH_VBENCH_PYTHON="$${RFBENCH_VBENCH_PYTHON:-$$($(BIN)/rfbench env vbench)}" && export RFBENCH_VBENCH_PYTHON && $(BIN)/python -m pytest -q tests/test_vbench_worker.py tests/test_vbench_drivers.py
+	RFBENCH_VBENCH_PYTHON="$${RFBENCH_VBENCH_PYTHON:-$$($(BIN)/rfbench env vbench)}" && export RFBENCH_VBENCH_PYTHON && $(BIN)/python -m pytest -q tests/test_vbench_worker.py tests/test_vbench_drivers.py tests/test_vbench_long.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .

@@ -191,7 +191,7 @@ def evaluate(
         str | None,
         typer.Option("--against", metavar="RUN", help="The run to compare with: -s reference.", autocompletion=completes(runs), show_default=False),
     ] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Score an unfinished run; its numbers stay out of reports.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Score what there is; numbers of an unfinished run stay out of reports.")] = False,
     compat: Annotated[bool, typer.Option("--compat", help="With the habits of the originals: `vbench` is then `vbench-compat`.")] = False,
     check_setup: Annotated[bool, typer.Option("--check-setup", help="Try the scorers, or those named, on two tiny clips.")] = False,
     engine: EngineName = "here",

@@ -28,7 +28,7 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
-from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Scorer, Summarising
+from rfbench.scorers.base import LIGHT, SCORERS, Answer, Comparing, Divisible, Scorer, Summarising
 
 AT_ONCE = 8  # clips that a worker of a cluster takes at a time
 
@@ -53,7 +53,7 @@ def evaluate(
     workers: int | None = None,
     fresh: bool = False,
 ) -> Path:
-    """Score a finished run, or with `partial` what there is of an unfinished one; by those that need no weights if none is named.
+    """Score a finished run, or with `partial` what there is of an unfinished one and what can run here; by light scorers if none is named.
 
     `against` is the run that scorers which compare are to compare with. With engine "ray" the `workers` of a cluster judge the clips,
     but for scorers that look at them together or sum them up; the scores are the same. Every scorer has its turn, whatever becomes of the one before.
@@ -70,6 +70,8 @@ def evaluate(
         if not any(isinstance(scorer, Comparing) for scorer in chosen):
             raise UserError("--against is for a scorer that compares: add -s reference, or leave it out")
         chosen = [scorer.beside(against) if isinstance(scorer, Comparing) else scorer for scorer in chosen]
+    if partial:
+        chosen = [scorer.partly() if isinstance(scorer, Divisible) else scorer for scorer in chosen]
     found = records.read_run(run)
     if found.verb != "generate":
         raise UserError(f"{run} is a {found.verb} run; only the clips of `rfbench generate` can be scored")

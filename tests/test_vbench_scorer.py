@@ -211,10 +211,22 @@ def test_a_dimension_that_cannot_run_is_named_with_its_fix(tmp_path, monkeypatch
     run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
     with pytest.raises(UserError, match=r"VBench's scene cannot run here: not on this machine: it\.pth; curl it\.pth"):
         evaluate(run, ["vbench"])
+    assert not (run / "scores" / "vbench.json").exists()
+    evaluate(made(tmp_path / "whole", suites.load_suite("vbench-forcing")), ["vbench"], partial=True)
+    summary = note(tmp_path / "whole")["summary"]
+    assert set(summary["dimensions"]) == set(T2V.dimensions) - {"scene"} and summary["why"].startswith("there is no VBench total: one")
     with pytest.raises(UserError, match="its prompt is for none of the dimensions of 'vbench-quality'"):
         evaluate(run, ["vbench-quality"], partial=True)
     summary = note(run, "vbench-quality")["summary"]
     assert len(summary["dimensions"]) == 7 and summary["totals"] is None and "9 of its 16 dimensions are missing" in summary["why"]
+
+
+def test_without_the_static_filter_there_is_no_flicker_of_what_it_would_have_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_LACKS", "static")
+    run = made(tmp_path / "run", suites.load_suite("vbench"))
+    with pytest.raises(UserError, match=r"25 of 80 clips, first 0001-0 .*: its prompt is for none of the dimensions of 'vbench' that can run here"):
+        evaluate(run, ["vbench"], partial=True)
+    assert "temporal_flickering" not in note(run)["summary"]["dimensions"]
 
 
 def test_the_doctor_tells_dimension_by_dimension_what_mends_it(monkeypatch):

@@ -106,6 +106,15 @@ class Comparing(Protocol):
 
 
 @runtime_checkable
+class Divisible(Protocol):
+    """A scorer that can leave out metrics for which something is missing here, and says which."""
+
+    def partly(self) -> Scorer:
+        """The scorer that does (`eval --partial`)."""
+        ...
+
+
+@runtime_checkable
 class Summarising(Protocol):
     """A scorer whose clips add up to more than means: what it says of all of them stands in the note."""
 

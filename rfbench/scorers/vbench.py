@@ -20,6 +20,7 @@ from typing import Any
 
 from rfbench import envs, records
 from rfbench.errors import UserError
+from rfbench.progress import say
 from rfbench.records import Clip, Score, canonical, fingerprint
 from rfbench.scorers.base import Answer, ClipError, Metric, verify_video
 from rfbench.vbench import long, rows, totals
@@ -87,7 +88,8 @@ class VBench:
 
     `cut` makes it VBench-Long: prompts of VBench's suites are cut into 2 s or by their longest dimension, others always into 2 s.
     `compat` keeps what PROTOCOL.md calls repaired, where something can be switched: totals count what is missing as 0, clips of
-    long videos are written to files, which changes their pixels, and consistency is fused with that between clips.
+    long videos are written to files, which changes their pixels, and consistency is fused with that between clips. `lenient` leaves out
+    the dimensions that cannot run here.
     """
 
     name: str
@@ -96,6 +98,7 @@ class VBench:
     random: int | None = None
     cut: long.Cut | None = None
     compat: bool = False
+    lenient: bool = False
     together = False
     sparse = frozenset({"color", "temporal_flickering", *BETWEEN})  # may say nothing of a clip
 
@@ -154,6 +157,10 @@ class VBench:
     def _names(self) -> list[str]:
         return [*self.dimensions, *([STATIC] if "temporal_flickering" in self.dimensions else [])]
 
+    def partly(self) -> VBench:
+        """The same with what can run here of it."""
+        return dataclasses.replace(self, lenient=True)
+
     def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
         """Rows of every clip, of those kept and of those that the worker makes now.
 
@@ -165,17 +172,20 @@ class VBench:
         versions = self._versions()
         for one in self.ready():
             if one["dimension"] in asked and one["dimension"] not in versions:
-                raise UserError(f"VBench's {one['dimension']} cannot run here: {one['problem']}; {one['fix']}")
+                raise UserError(f"VBench's {one['dimension']} cannot run here: {one['problem']}; {one['fix']} (--partial scores the others)")
+            if self.lenient and one["dimension"] not in versions:
+                say(f"without VBench's {one['dimension']}: {one['problem']}")
         kept = {rows.key(row): row for row in records.read_rows(self._rows(out), Row)}
         waiting: dict[str, dict[Place, Row | None]] = {}
         items = []
+        told = " that can run here" if self.lenient else ""
         for clip in clips:
             waiting[clip.id] = {
                 want.place: kept.get((clip.sha256, want.dimension, versions[want.dimension], want.text, want.begin, want.end))
                 for want in wants[clip.id]
             }
             if not wants[clip.id]:
-                yield Answer(clip.id, refused=f"clip {clip.id}: its prompt is for none of the dimensions of '{self.name}'")
+                yield Answer(clip.id, refused=f"clip {clip.id}: its prompt is for none of the dimensions of '{self.name}'{told}")
             elif all(waiting[clip.id].values()):
                 yield self._answer(clip, waiting[clip.id])
             else:
@@ -296,6 +306,10 @@ class VBench:
 
     def _wanted(self, clip: Clip, entry: Entry) -> list[Want]:
         names = [name for name in (*entry.dimensions, *([STATIC] if entry.filtered else [])) if name in self._names()]
+        if self.lenient:
+            ready = self._versions()
+            unfiltered = entry.filtered and STATIC not in ready
+            names = [name for name in names if name in ready and not (unfiltered and name == "temporal_flickering")]
         whole = [Want(name, clip.prompt, entry.auxiliary.get(name, {})) for name in names]
         if self.cut is None:
             return whole

@@ -27,6 +27,7 @@ from rfbench.vbench.rows import BETWEEN, STATIC, Asked, Row
 
 Cut = Literal["longest", "2s"]
 SECONDS = {"human_action": 10, "temporal_style": 10, "overall_consistency": 10}  # all others 2
+Groups = dict[tuple[str, int | None], list[float | None]]  # values of clips by the video, or the clip of it, that they belong to
 HALF = 0.5  # weight of either with --dev_flag
 
 
@@ -51,7 +52,7 @@ def segments(frames: int, fps: int, length: int) -> list[tuple[int, int]]:
     return whole if frames % size == 0 else [*whole, (frames - size, frames)]
 
 
-def mean_of_videos(values: Mapping[str, Sequence[float | None]]) -> tuple[float, int]:
+def mean_of_videos(values: Mapping[Any, Sequence[float | None]]) -> tuple[float, int]:
     """A dimension, and how many videos count: the mean over videos of the mean over their clips; clips without a value do not count.
 
     Raises:
@@ -117,7 +118,8 @@ def dimension(
 ) -> dict[str, Any]:
     """A dimension of all videos, as a note tells it: the mean over videos of the mean over their clips, in percent.
 
-    The consistencies have `within`, `between` and `fused` beside it; `compat` takes the last for the value, else it is the first.
+    The consistencies have `within`, `between` and `fused` beside it. With `compat` they are fused, and a dimension is the mean over all
+    clips: there, what a clip belongs to is called by the clip's own path, but for what the static filter lets through.
 
     Raises:
         UserError: a clip has no row and `partial` was not asked for, or none counts (code 1).
@@ -126,34 +128,33 @@ def dimension(
     questions = [one for one in asked[name] if one.begin is not None]
     mine = rows.of_version(there, name, versions[name])
     rows.value(name, questions, mine, partial=partial)  # refuses what is missing
-    if name == "temporal_flickering" and STATIC in asked:
-        filtered = rows.of_version(there, STATIC, versions[STATIC])
-        still = {(one.prompt, one.sample, one.begin or 0): filtered[one.question].value == 1 for one in asked[STATIC] if one.question in filtered}
+    filtered = name == "temporal_flickering" and STATIC in asked
+    if filtered:
+        verdicts = rows.of_version(there, STATIC, versions[STATIC])
+        still = {(one.prompt, one.sample, one.begin or 0): verdicts[one.question].value == 1 for one in asked[STATIC] if one.question in verdicts}
         kept = first_static(still)
         questions = [one for one in questions if (one.prompt, one.sample, one.begin or 0) in kept]
-    videos: dict[str, list[float | None]] = {}
+    groups: Groups = {}  # by video, and with `compat` by clip
     for one in questions:
         if one.question in mine:
-            videos.setdefault(one.clip, []).append(mine[one.question].value)
-    value, count = mean_of_videos(videos)
-    found = {"value": 100 * value, "clips": count, "asked": len({one.clip for one in asked[name]})}
+            groups.setdefault((one.clip, one.begin if compat and not filtered else None), []).append(mine[one.question].value)
+    value, _ = mean_of_videos(groups)
+    counted = {video for (video, _), values in groups.items() if any(value is not None for value in values)}
+    found = {"value": 100 * value, "clips": len(counted), "asked": len({one.clip for one in asked[name]})}
     between = next((key for key, of in BETWEEN.items() if of == name), "")
     if between in asked:
-        found |= _fused(name, videos, asked[between], rows.of_version(there, between, versions[between]), partial)
+        found |= _fused(name, groups, asked[between], rows.of_version(there, between, versions[between]), partial)
         found["value"] = found["fused" if compat else "within"]
     return found | ({"partial": True} if partial else {})
 
 
-def _fused(
-    name: str, videos: Mapping[str, Sequence[float | None]], asked: Sequence[Asked], there: Mapping[rows.Question, Row], partial: bool
-) -> dict[str, float]:
+def _fused(name: str, groups: Groups, asked: Sequence[Asked], there: Mapping[rows.Question, Row], partial: bool) -> dict[str, float]:
     """Consistency within clips, between them and both together, in percent; a video of one clip has nothing between."""
     rows.value(name, asked, there, partial=partial)  # refuses what is missing
     between = {one.clip: there[one.question].value for one in asked if one.question in there}
     silent = {one.clip for one in asked} - between.keys()
-    within = {clip: mean_of_videos({clip: values})[0] for clip, values in videos.items() if clip not in silent}
-    both = [fused(value, between.get(clip), name) for clip, value in within.items()]
-    found = {"within": mean_of_videos(videos)[0], "between": _mean([value or 0.0 for value in between.values()]), "fused": _mean(both)}
+    both = [fused(mean_of_videos({key: values})[0], between.get(key[0]), name) for key, values in groups.items() if key[0] not in silent]
+    found = {"within": mean_of_videos(groups)[0], "between": _mean([value or 0.0 for value in between.values()]), "fused": _mean(both)}
     return {key: 100 * value for key, value in found.items()}
 
 
