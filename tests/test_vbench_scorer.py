@@ -9,19 +9,21 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rfbench import config, doctor, envs, records, strict, suites
+from rfbench import config, doctor, envs, records, strict, suites, video
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.evaluate import evaluate
 from rfbench.records import Run
 from rfbench.report import checking, leaderboard
 from rfbench.scorers import vbench as scorer
+from rfbench.scorers.base import check_pace
 from rfbench.vbench import driver, long, totals
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.rows import BETWEEN, CUSTOM
-from tests import fake_runs, vbench_suite
+from tests import fake_runs, hostile, vbench_suite
 
 BASELINE = strict.as_plain(config.load(Baseline, "toy/teacher"))
 
@@ -186,6 +188,25 @@ def test_a_clip_that_is_no_video_is_refused_and_the_others_are_not_touched(tmp_p
     assert color["partial"] and (color["clips"], color["asked"]) == (4, 5) and note(bad)["summary"]["totals"]["partial"]
     told = [{(s.clip, s.metric): s.value for s in records.read_rows(run / "scores" / "vbench.jsonl", records.Score)} for run in (good, bad)]
     assert {key: value for key, value in told[0].items() if key[0] != "0008-0"} == told[1]
+
+
+def test_a_clip_of_another_pace_than_its_row_is_refused(tmp_path):
+    """Dynamic degree would leave out other frames."""
+    frames = np.random.default_rng(0).integers(0, 256, (33, 16, 16, 3), np.uint8)
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing", limit=2))
+    clips = records.read_clips(run)
+    for number, clip in enumerate(clips[:3]):
+        (run / clip.file).unlink()
+        hostile.encode(run / clip.file, frames, fps=30 if number else 16, times=[3 * t + 3 * (t > 16) for t in range(33)] if number == 2 else None)
+        clips[number] = dataclasses.replace(clip, sha256=records.sha256_of(run / clip.file))
+    check_pace(clips[0], run / clips[0].file)
+    with video.writing(tmp_path / "stored in another order.mp4", fps=16, height=16, width=16) as write:
+        write(frames)
+    check_pace(clips[0], tmp_path / "stored in another order.mp4")
+    records.write_rows(run / "clips.jsonl", clips)
+    with pytest.raises(UserError, match="does not show 16 frames per second throughout"):
+        evaluate(run, ["vbench"])
+    assert {clips[1].id, clips[2].id} <= set(note(run)["refused"]) and clips[3].id not in note(run)["refused"]
 
 
 def test_other_weights_of_one_dimension_are_other_values(tmp_path, monkeypatch):
@@ -355,9 +376,6 @@ def test_flicker_of_long_videos_is_that_of_the_first_five_static_clips_of_a_prom
 
 def test_a_clip_written_to_a_file_has_its_frames_nearly(tmp_path):
     import av
-    import numpy as np
-
-    from rfbench import video
 
     ramp = np.stack([np.full((32, 48, 3), 5 * t, np.uint8) for t in range(40)])
     with video.writing(tmp_path / "whole.mp4", fps=16, height=32, width=48) as write:

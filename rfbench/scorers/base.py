@@ -183,6 +183,29 @@ def verify_video(run: Path, clip: Clip) -> Path:
     return path
 
 
+def check_pace(clip: Clip, path: Path) -> None:
+    """That a video's frames come at the pace of its row, without decoding them; what cannot be opened is for the decoder to tell.
+
+    Raises:
+        ClipError: they do not, or not throughout.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            unit = float(stream.time_base or 0) * clip.fps
+            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+    except (av.error.FFmpegError, IndexError):
+        return
+    if any(abs((time - times[0]) * unit - count) > 0.5 for count, time in enumerate(times)):
+        raise _unpaced(clip, path)
+
+
+def _unpaced(clip: Clip, path: Path) -> ClipError:
+    return ClipError(f"clip {clip.id}: {path} does not show {clip.fps} frames per second throughout, as its row says")
+
+
 def read_video(run: Path, clip: Clip) -> Pixels:
     """A clip's frames as RGB: uint8 [T, H, W, 3], exactly as many and as large as its row says.
 
@@ -204,7 +227,7 @@ def read_video(run: Path, clip: Clip) -> Pixels:
                 if (frame.height, frame.width) != (clip.height, clip.width):
                     raise ClipError(f"clip {clip.id}: {path} is {frame.width}x{frame.height}, its row says {clip.width}x{clip.height}")
                 if frame.time is not None and abs((frame.time - start) * clip.fps - count) > 0.5:
-                    raise ClipError(f"clip {clip.id}: {path} does not show {clip.fps} frames per second throughout, as its row says")
+                    raise _unpaced(clip, path)
                 if count < clip.frames:
                     frames[count] = to_rgb.reformat(frame, format="rgb24").to_ndarray()
                 count += 1

@@ -22,7 +22,7 @@ from rfbench import envs, records
 from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import Clip, Score, canonical, fingerprint
-from rfbench.scorers.base import Answer, ClipError, Metric, verify_video
+from rfbench.scorers.base import Answer, ClipError, Metric, check_pace, verify_video
 from rfbench.vbench import long, rows, totals
 from rfbench.vbench.dimensions import T2V
 from rfbench.vbench.driver import Item, Line, answers, check
@@ -191,6 +191,7 @@ class VBench:
             else:
                 try:
                     path = verify_video(out, clip)
+                    check_pace(clip, path)
                 except ClipError as error:
                     yield Answer(clip.id, refused=str(error))
                     continue
