@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -10,13 +11,13 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rfbench.settings import settings
+from rfbench.settings import Shortcuts, settings
 
 ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Celsius
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
@@ -121,7 +122,28 @@ def _cpu() -> dict[str, Any]:
 
 
 @functools.cache
+def _asked() -> Shortcuts:
+    return settings().fast.shortcuts
+
+
+_instead: list[Shortcuts] = []
+
+
+def shortcuts() -> Shortcuts:
+    """Those that decoding and copying take: of rfbench.toml of this process, or in a block of `by` the ones that it names."""
+    return _instead[-1] if _instead else _asked()
+
+
+@contextlib.contextmanager
+def by(named: Shortcuts) -> Iterator[None]:
+    """Decode and copy by other shortcuts than those of rfbench.toml, as the rungs of a ladder do."""
+    _instead.append(named)
+    try:
+        yield
+    finally:
+        _instead.pop()
+
+
 def kernels(device: torch.device) -> Any:
-    """`rfbench.kernels`, where rfbench.toml of this process asks for them and the device is a GPU; else None. They have not run on a GPU yet."""
-    asked = device.type == "cuda" and settings().fast.shortcuts.kernels
-    return importlib.import_module("rfbench.kernels") if asked else None
+    """`rfbench.kernels`, where they are asked for and the device is a GPU; else None. They have not run on a GPU yet."""
+    return importlib.import_module("rfbench.kernels") if device.type == "cuda" and shortcuts().kernels else None

@@ -38,12 +38,14 @@ from rfbench.settings import settings
 from rfbench.stopwatch import precision
 from rfbench.suites import load_suite
 from rfbench.timing import STEADY
+from rfbench.transfer import to_host
 
 Run = Callable[
     [Backbone, Tensor, int, SamplerCfg, Noise, Tensor | None], Iterator[Tensor]
 ]  # ..., text, latent frames, ..., given ones -> clean chunks
 WITHIN = 1.1  # times the error of rung 0
 VALUES, ENOUGH = 2**16, 24  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many
+NONE = Shortcuts(**dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False))
 PLACES = ("chunk 0", f"chunk {STEADY}", "long")
 
 
@@ -56,7 +58,7 @@ class Way:
     run: Run
     backbone: Backbone
     cfg: SamplerCfg
-    late: bool = False  # decoded when all of it is there, and copied as float32
+    shortcuts: Shortcuts | None = None  # that it decodes and copies by; None: decoded when all of it is there, and copied as float32
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,19 @@ def streamed(shortcuts: Shortcuts, *, eight: bool = False) -> Run:
 def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Backbone, SamplerCfg]] | None = None) -> list[Way]:
     """Rung 0, the shared sampler without shortcuts, then with one more of those that this device can use at a time; then each
     approximation for itself, with all of them."""
-    names = usable(backbone.denoiser.head.modulation.device)
-    taken = dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False)
-    found = [Way("naive", "reference", reference, backbone, cfg, late=True), Way("slots", "exact", streamed(Shortcuts(**taken)), backbone, cfg)]
-    for name in names:
+    taken = dataclasses.asdict(NONE)
+
+    def way(name: str, kind: Literal["exact", "approximate"], backbone: Backbone = backbone, cfg: SamplerCfg = cfg, **how: bool) -> Way:
+        return Way(name, kind, streamed(Shortcuts(**taken), **how), backbone, cfg, Shortcuts(**taken))
+
+    found = [Way("naive", "reference", reference, backbone, cfg)]
+    found.append(way("slots", "exact"))
+    for name in usable(device := backbone.denoiser.head.modulation.device):
         taken[name] = True
-        found.append(Way(name, "exact", streamed(Shortcuts(**taken)), backbone, cfg))
-    if float8.missing(backbone.denoiser.head.modulation.device) is None:
-        found.append(Way(EIGHT, "approximate", streamed(Shortcuts(**taken), eight=True), backbone, cfg))
-    full = streamed(Shortcuts(**taken))
-    return found + [Way(name, "approximate", full, *changed) for name, changed in (approximate or {}).items()]
+        found.append(way(name, "exact"))
+    if float8.missing(device) is None:
+        found.append(way(EIGHT, "approximate", eight=True))
+    return found + [way(name, "approximate", *changed) for name, changed in (approximate or {}).items()]
 
 
 @torch.no_grad()
@@ -189,13 +194,18 @@ def once(way: Way, text_BLE: Tensor, chunks: int) -> tuple[list[Tensor], float]:
 
 def decoding_seconds(way: Way, latents: Sequence[Tensor]) -> float:
     """Seconds for the pixels of a steady chunk, until they can be read on the host."""
-    decode, device, stamps = way.backbone.decoder(), latents[0].device, list[float]()
-    if way.late:
-        begun = now(device)
-        (decode(torch.cat(list(latents), 1)).float().cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
-        return (now(device) - begun) / len(latents)
-    for latent in latents:
-        video.as_uint8(decode(latent)).cpu()
+    decode, device, stamps, coming = way.backbone.decoder(), latents[0].device, list[float](), list[Callable[[], Tensor]]()
+    with hardware.by(way.shortcuts or NONE):
+        if way.shortcuts is None:
+            begun = now(device)
+            (decode(torch.cat(list(latents), 1)).float().cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
+            return (now(device) - begun) / len(latents)
+        for latent in latents:
+            coming.append(to_host(video.as_uint8(decode(latent))))
+            if len(coming) > 1:  # a copy may go along with the next chunk
+                coming.pop(0)()
+                stamps.append(now(device))
+        coming.pop()()
         stamps.append(now(device))
     return median(after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False))
 

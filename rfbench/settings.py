@@ -60,9 +60,11 @@ class Shortcuts:
     columns: bool | None = None  # on a CPU, small weights are copied column by column: a product of few rows reads them faster
     sigmoid: bool | None = None  # on a CPU, GELU is taken by a sigmoid, which is faster there than a tangent
     untracked: bool = True  # tensors keep no record of views and versions, which only gradients need
-    kernels: bool = False  # on a GPU, Triton: what lies between two products is one reading and writing
+    kernels: bool = False  # on a GPU, Triton: what lies between two products, or two convolutions of a decoder, is one reading and writing
     graphs: bool = False  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
     joint: bool = True  # the clean pass of a chunk goes along with the first step of the next one
+    bytes: bool | None = None  # on a GPU, frames become bytes before they go to the host
+    copies: bool | None = None  # on a GPU, frames go to the host by page-locked memory, beside what the device does next
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ class Film:
         pixels, left = self.decode(chunk.latent_BFCHW), None if self.frames is None else self.frames - sum(made for _, made, _ in self.readable)
         shown = video.as_uint8(pixels[:, :left])
         self.coming.append(to_host(shown))
-        self.readable.append((self.clock.queue(beside=shown.device), shown.shape[1], held()))
+        self.readable.append((self.clock.queue(beside=pixels.device), shown.shape[1], held()))
         if len(self.coming) > 1:
             self.coming.pop(0)()  # as `generate` takes them
         return True

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rfbench.hardware import shortcuts
+
 PINNED = {"cuda"}  # kinds of devices that read and write page-locked memory by themselves; from other memory the host copies first
 
 
@@ -23,6 +25,9 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
     """
     if x.device.type not in PINNED:
         return lambda: x
+    if shortcuts().copies is False:
+        copied = x.cpu()
+        return lambda: copied
     beside = side(x.device)
     beside.wait_stream(torch.cuda.current_stream(x.device))
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -38,7 +43,11 @@ def to_host(x: Tensor) -> Callable[[], Tensor]:
     return there
 
 
-@functools.cache
 def side(device: torch.device) -> torch.cuda.Stream:
-    """The queue of a device that copies to the host have for themselves."""
+    """The queue of a device that copies to the host are in: one for themselves, unless `copies` is switched off."""
+    return torch.cuda.current_stream(device) if shortcuts().copies is False else _own(device)
+
+
+@functools.cache
+def _own(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from rfbench.errors import UserError, did_you_mean
-from rfbench.hardware import kernels
+from rfbench.hardware import kernels, shortcuts
 from rfbench.records import atomic
 
 Frames = npt.NDArray[np.uint8]
@@ -26,7 +26,9 @@ CRF = 10  # near lossless: the codec must not hide what a model does
 
 
 def as_uint8(pixel_BTCHW: Tensor) -> Tensor:
-    """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device."""
+    """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device; on the host where `bytes` is switched off."""
+    if shortcuts().bytes is False:
+        pixel_BTCHW = pixel_BTCHW.float().cpu()
     if (triton := kernels(pixel_BTCHW.device)) is not None:
         frames_BTHWC: Tensor = triton.as_uint8(pixel_BTCHW.permute(0, 1, 3, 4, 2).contiguous())
         return frames_BTHWC

@@ -114,11 +114,11 @@ def test_an_autoencoder_by_kernels_makes_the_same_frames(monkeypatch: pytest.Mon
 def test_kernels_are_for_gpus_and_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
     for asked in (True, False):
-        hardware.kernels.cache_clear()
+        hardware._asked.cache_clear()
         (tmp_path / "rfbench.toml").write_text(f"[fast.shortcuts]\nkernels = {str(asked).lower()}\n")
         assert hardware.kernels(torch.device("cuda", 0)) is (kernels if asked else None)
         assert hardware.kernels(torch.device("cpu")) is None
-    hardware.kernels.cache_clear()
+    hardware._asked.cache_clear()
 
 
 def test_bytes_are_those_of_the_plain_conversion() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from rfbench import flops, ladder
+from rfbench import flops, hardware, ladder
+from rfbench.backbones.base import Backbone
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.config import CacheCfg, SamplerCfg
@@ -78,10 +79,11 @@ def test_the_ladder_has_one_more_shortcut_on_each_rung_and_then_what_is_approxim
     ways = ladder.ways(backbone, cfg, {"no context": (backbone, dataclasses.replace(cfg, context="last_step"))})
     found = ladder.climb("a red disc moves right", ways, chunks=5, turns=1, peak=0.1)
     names = usable(torch.device("cpu"))
-    assert [rung.name for rung in found] == ["naive", "slots", *names, "no context"]
+    assert [rung.name for rung in found] == ["naive", "slots", *names, ladder.EIGHT, "no context"]
     assert set(names) <= {field.name for field in dataclasses.fields(Shortcuts)}
     assert (found[0].ratio, found[0].whole, found[0].error["long"].ratio) == (1.0, 0.0, 1.0)
-    for rung in found[:-1]:
+    assert found[-2].kind == "approximate" and 1e-3 < found[-2].whole < 0.3
+    for rung in found[:-2]:
         assert max(rung.first, rung.steady, rung.whole) <= 1e-6
         assert rung.exact and set(rung.error) == set(ladder.PLACES)
         assert rung.dit_fps == pytest.approx(12000 / rung.ms) and rung.dit_fps > rung.e2e_fps
@@ -90,6 +92,31 @@ def test_the_ladder_has_one_more_shortcut_on_each_rung_and_then_what_is_approxim
     assert found[-1].whole > 1e-3 and not found[-1].error and not found[-1].exact
     with pytest.raises(ValueError, match="never gets steady"):
         ladder.climb("a red disc moves right", ways, chunks=4, turns=1, peak=None)
+
+
+def test_rungs_decode_and_copy_by_their_own_shortcuts(backbone, monkeypatch):
+    """Whatever this machine's settings are: rung 0 by none, each later one by those that it has."""
+    monkeypatch.setattr(ladder, "usable", lambda device: ["modulation", "kernels", "bytes", "copies"])
+    latents, seen = [torch.zeros(1, 3, 8, 6, 8)] * 5, dict[str, set[Any]]()
+
+    class Watched:
+        denoiser = backbone.denoiser
+
+        def decoder(self):
+            def decode(latent):
+                seen.setdefault(way.name, set()).add(hardware.shortcuts())
+                return torch.zeros(1, 12, 3, 8, 8)
+
+            return decode
+
+    before = hardware.shortcuts()
+    for way in ladder.ways(cast(Backbone, Watched()), student()):
+        ladder.decoding_seconds(way, latents)
+    assert seen["naive"] == seen["slots"] == {ladder.NONE}
+    has = {name: [field for field, on in dataclasses.asdict(*taken).items() if on] for name, taken in seen.items()}
+    assert has["modulation"] == ["modulation"] and has["kernels"] == ["modulation", "kernels"]
+    assert has["copies"] == has[ladder.EIGHT] == ["modulation", "kernels", "bytes", "copies"]
+    assert hardware.shortcuts() == before
 
 
 def test_a_ladder_shows_a_rung_that_is_not_exact(backbone, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rfbench import attention, cache, transfer
+from rfbench import attention, cache, hardware, transfer, video
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.config import CacheCfg, SamplerCfg
 from rfbench.sampler import clip_noise, stream
@@ -105,6 +105,24 @@ def test_waiting_is_seen(watched: NoWaiting) -> None:
 def test_on_a_cpu_nothing_is_copied() -> None:
     x = normal(3)
     assert transfer.to_device(x, x.device) is x and transfer.to_host(x)() is x
+
+
+def test_a_queue_of_its_own_and_bytes_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then copies wait like anything else, and what is copied are pixels; the frames are the same."""
+    monkeypatch.setattr(transfer, "PINNED", {"cpu"})
+    pixels, asked = normal(1, 2, 3, 4, 5), list[object]()
+
+    def current(device: torch.device) -> str:
+        asked.append(device)
+        return "its queue"
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    with hardware.by(Shortcuts(copies=False, bytes=False)):
+        assert torch.equal(transfer.to_host(pixels)(), pixels) and not asked
+        assert str(transfer.side(pixels.device)) == "its queue" and asked == [pixels.device]
+        frames = video.as_uint8(pixels)
+    assert torch.equal(frames, video.as_uint8(pixels))
+    assert video.as_uint8(normal(1, 2, 3, 4, 5).to(AWAY)).device == AWAY
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

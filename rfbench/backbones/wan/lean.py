@@ -32,7 +32,7 @@ from rfbench.errors import UserError
 from rfbench.settings import Shortcuts as Shortcuts
 
 SHORTCUTS = Shortcuts()
-ON = {"columns": "cpu", "sigmoid": "cpu", "kernels": "cuda", "graphs": "cuda"}  # the others are for every device
+ON = {"columns": "cpu", "sigmoid": "cpu", **dict.fromkeys(("kernels", "graphs", "bytes", "copies"), "cuda")}  # the others are for every device
 SMALL = 2**20  # elements of a weight
 SLOPE = 2 * (2 / torch.pi) ** 0.5  # GELU's tangent form is x sigmoid(SLOPE (x + 0.044715 x^3))
 
@@ -182,21 +182,24 @@ class LeanDiT:
             return self._replayed(self.graphs, work, chunks, (times, clean, kept), text, cache)
 
     def _replayed(self, graphs: Graphs, work: Any, chunks: Sequence[Tensor], what: tuple[Any, ...], text: TextKV, cache: KVCache) -> Tensor | None:
-        """A pass by its recording: chunks, text and rotations are taken in, the cache's memory and everything else is always the same."""
+        """A pass by its recording: chunks, text, rotations and rows are taken in, the cache's memory and everything else is always the same."""
         move, views = (cache.move, (cache.before, cache.view)) if len(chunks) > 1 else (Move(), (cache.view, cache.view))
         self._tables(what[0])
 
         def replaced(inputs: Sequence[Tensor]) -> Tensor | None:
-            count, turns, before = len(chunks), len(move.turns), (cache.before, cache.view, cache.move)
-            rotations, texts = inputs[count : count + 2 + turns], inputs[count + 2 + turns :]
-            cache.before, cache.view = (replace(view, rotation=rotation) for view, rotation in zip(views, rotations, strict=False))
-            cache.move = replace(move, turns=tuple((tokens, turn) for (tokens, _), turn in zip(move.turns, rotations[2:], strict=True)))
+            left, before = iter(inputs[len(chunks) :]), (cache.before, cache.view, cache.move)
+            cache.before, cache.view = (replace(view, rotation=next(left), rows=next(left)) for view in views)
+            cache.move = replace(move, turns=tuple((tokens, next(left)) for tokens, _ in move.turns))
             try:
-                return cast(Tensor | None, work(inputs[:count], list(zip(texts[::2], texts[1::2], strict=True))))
+                return cast(Tensor | None, work(inputs[: len(chunks)], [(next(left), next(left)) for _ in text]))
             finally:
                 cache.before, cache.view, cache.move = before
 
-        constant = [*(view.rotation for view in views), *(rotation for _, rotation in move.turns), *(part for pair in text for part in pair)]
+        constant = [
+            *(table for view in views for table in (view.rotation, view.rows)),
+            *(rotation for _, rotation in move.turns),
+            *(part for pair in text for part in pair),
+        ]
         key = (what, cache.token, *(view.key for view in views), move.key, *(tuple(chunk.shape) for chunk in chunks), text[0][0].shape)
         return graphs.run(key, replaced, chunks, constant)
 
