@@ -14,14 +14,16 @@ from rfbench.doctor import Check
 from rfbench.errors import UserError
 from rfbench.records import DONE, Clip, Run, Score
 from rfbench.registry import pick
-from rfbench.scorers.base import SCORERS, Comparing
+from rfbench.scorers.base import DRAWN, SCORERS, Comparing
 
 PROMPTS = ("a red disc moves right quickly", "a blue square moves up slowly")  # which the toy world's scorers understand
 FRAMES = 33  # two seconds
 
 
 def rehearse(scorers: Sequence[str] = ()) -> list[Check]:
-    """What becomes of each scorer, of all if none is named: `ok` with its rows and time, or the reason and the fix. None of them stops the next.
+    """What becomes of each scorer: `ok` with its rows and time, or the reason and the fix. None of them stops the next.
+
+    All if none is named, but for those that are rehearsals themselves.
 
     Raises:
         UserError: no such scorer.
@@ -30,7 +32,7 @@ def rehearse(scorers: Sequence[str] = ()) -> list[Check]:
         pick(SCORERS, name, what="scorer")
     with tempfile.TemporaryDirectory(prefix="rfbench-") as folder:
         run = _film(Path(folder))
-        return [_try(name, run) for name in scorers or SCORERS]
+        return [_try(name, run) for name in scorers or [name for name in SCORERS if name not in DRAWN]]
 
 
 def _try(name: str, run: Path) -> Check:

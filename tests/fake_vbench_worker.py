@@ -1,6 +1,6 @@
 """Answers like rfbench.vbench_worker, without any network: values follow from the bytes of the clip and what is asked of it.
 
-A clip of the text "die" kills it, one of "torn" as well in the middle of a line, "broken" is refused. With FAKE_LACKS a dimension
+A clip of the text "die" kills it, one of "torn" as well in the middle of a line, "hang" holds it up, "broken" is refused. With FAKE_LACKS a dimension
 cannot run; FAKE_VERSION is that of the weights.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def main(arguments: list[str]) -> None:
         file.write(f"{len(job['items'])}\n")
     for item in job["items"]:
         content = Path(item["path"]).read_text()
+        print(json.dumps({"turns_to": item["id"]}), flush=True)
+        if content == "hang":
+            time.sleep(600)
         if content in ("die", "torn"):
             print('{"id": "' if content == "torn" else "", end="", flush=True)
             print("Segmentation fault", file=sys.stderr, flush=True)

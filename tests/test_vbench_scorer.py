@@ -178,6 +178,26 @@ def test_a_clip_that_kills_the_worker_costs_itself_alone_and_is_tried_again_when
     assert "partial" not in note(run)["summary"]["totals"]
 
 
+def test_a_clip_that_the_worker_never_ends_with_costs_itself_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "PATIENCE", {"cpu": 1.0, "cuda": 1.0})
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"), lambda clip: "hang" if clip.id == "0002-2" else f"{clip.id} static")
+    with pytest.raises(UserError, match=r"could not score clip 0002-2 .*VBench's worker was at it for 1 s and was ended.*; the others are kept"):
+        evaluate(run, ["vbench"])
+    assert set(note(run)["refused"]) == {"0002-2"} and len(sessions(run)) == 2
+    assert not any(row["sha256"] == clip.sha256 for clip in records.read_clips(run) if clip.id == "0002-2" for row in raw(run))
+
+
+def test_a_rehearsal_with_drawn_weights_says_so_and_is_never_closed(tmp_path):
+    run = made(tmp_path / "run", suites.load_suite("vbench-forcing"))
+    evaluate(run, ["vbench-random", "vbench"])
+    assert json.loads((run / "scores" / "vbench-random" / "job.json").read_text())["random"] == 0
+    assert all("drawn weights" in metric["text"] for metric in note(run, "vbench-random")["metrics"].values())
+    cells = leaderboard.read_runs([run]).cells
+    drawn = {metric: cell.open for (_, _, metric), cell in cells.items() if metric.startswith("vbench-random.")}
+    assert len(drawn) >= len(T2V.dimensions) and all("scored by drawn weights" in why for why in drawn.values())
+    assert not any("drawn" in cell.open for (_, _, metric), cell in cells.items() if metric.startswith("vbench."))
+
+
 def test_a_clip_that_is_no_video_is_refused_and_the_others_are_not_touched(tmp_path):
     good = made(tmp_path / "good", suites.load_suite("vbench-forcing"))
     evaluate(good, ["vbench"])

@@ -15,6 +15,7 @@ from rfbench.config import External
 from rfbench.errors import UserError
 from rfbench.records import IMPORTED, RANDOM, Run
 from rfbench.report.evidence import Bench, Timed
+from rfbench.scorers.base import DRAWN
 
 
 def why_open(cell: Any, benches: Mapping[tuple[str, str], Bench], timings: Mapping[tuple[str, str], tuple[Timed, ...]]) -> str:
@@ -26,6 +27,7 @@ def why_open(cell: Any, benches: Mapping[tuple[str, str], Bench], timings: Mappi
     timed = [item for item in timings.get((cell.row, cell.column), ()) if item.run.name in names]
     reasons = [reason for bench in own for reason in (_code(bench.run), _weights(bench), _suite(bench.suite, bench.suite_sha256))]
     reasons += [reason for item in timed for reason in (_code(item.run), "random weights" if item.weights_sha256 == RANDOM else "", _how(item))]
+    reasons += ["scored by drawn weights" if cell.metric.split(".")[0] in DRAWN else ""]
     return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 

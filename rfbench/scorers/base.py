@@ -34,10 +34,12 @@ SCORERS = {
     "vbench": "rfbench.scorers.vbench:SCORER",
     "vbench-quality": "rfbench.scorers.vbench:QUALITY",
     "vbench-compat": "rfbench.scorers.vbench:COMPAT",
+    "vbench-random": "rfbench.scorers.vbench:REHEARSAL",
     "vbench-long": "rfbench.scorers.vbench:LONG",
     "vbench-long-compat": "rfbench.scorers.vbench:LONG_COMPAT",
 }
 LIGHT = ("motion", "subject", "caption", "drift")  # run when none is named: they need no weights
+DRAWN = frozenset({"vbench-random"})  # networks with drawn weights, to see without any download that everything runs: their numbers say nothing
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class VBench:
             found |= {name: Metric(True, "%", f"{TEXTS[of][:-1]}, of the first frames of a video's clips.") for name, of in BETWEEN.items()}
             found[WHOLE] = Metric(True, "%", "Videos that are dynamic as a whole; dynamic_degree is the mean over their clips.")
             found[DRIFT] = Metric(False, "points", "Standard deviation of imaging quality over the 2 s clips of a video.")
+        if self.random is not None:
+            return {name: dataclasses.replace(one, text=f"Of drawn weights, so that it says nothing: {one.text}") for name, one in found.items()}
         return found
 
     @property
@@ -362,5 +364,6 @@ ALL = tuple(T2V.dimensions)
 SCORER = VBench("vbench", ALL)
 QUALITY = VBench("vbench-quality", tuple(name for name, one in T2V.dimensions.items() if one.group == "quality"))
 COMPAT = VBench("vbench-compat", ALL, driver="official", compat=True)
+REHEARSAL = VBench("vbench-random", ALL, random=0)
 LONG = VBench("vbench-long", ALL, cut="2s")
 LONG_COMPAT = VBench("vbench-long-compat", ALL, driver="official", cut="longest", compat=True)

@@ -1,7 +1,9 @@
 """Our side of `rfbench.vbench_worker`, which runs in the environment `vbench`: a job file out, one JSON line per item back.
 
 The worker may die of a clip. What it had answered is kept, and the rest is given to new workers in halves, until the clip is alone;
-then that clip has a reason instead of a value, and every other its value.
+then that clip has a reason instead of a value, and every other its value. The fast driver also says which clip it turns to: if then
+nothing comes for too long, that clip has its reason and the rest a new worker. vbench's own functions say nothing before they are
+done with all clips of a dimension, and are waited for.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from rfbench.errors import UserError
 
 MODULE = "rfbench.vbench_worker"
 BARREN = 16  # workers in a row that answered nothing: more halvings than any suite has clips for
+PATIENCE = {"cuda": 900.0, "cpu": 7200.0}  # seconds for one dimension of one clip, its networks' loading included
 Item = Mapping[str, Any]  # as rfbench.vbench_worker.jobs.Item
 Line = dict[str, Any]  # as rfbench.vbench_worker.jobs.Row
 
@@ -49,9 +53,16 @@ def answers(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder:
     while groups:
         group = groups.pop()
         left = {item["id"]: item for item in group}
-        for line in _session(python, group, job, folder):
-            if left.pop(line["id"], None) is not None:
-                yield line
+        try:
+            for line in _session(python, group, job, folder):
+                if left.pop(line["id"], None) is not None:
+                    yield line
+        except _StuckError as stuck:
+            clip = next(item["path"] for item in group if item["id"] == stuck.item)
+            for item in [item for item in left.values() if item["path"] == clip]:
+                yield {"id": left.pop(item["id"])["id"], "value": None, "weight": 0, "reason": str(stuck)}
+            groups += [list(left.values())] if left else []
+            continue
         if not left:
             barren = 0
             continue
@@ -68,20 +79,52 @@ def answers(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder:
             groups.append([item for item in left.values() if item["path"] in half])
 
 
+class _StuckError(Exception):
+    """A worker that was ended because nothing had come for too long since it turned to an item."""
+
+    def __init__(self, item: str, seconds: float) -> None:
+        super().__init__(f"VBench's worker was at it for {seconds:.0f} s and was ended")
+        self.item = item
+
+
 def _session(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder: Path) -> Iterator[Line]:
-    """The lines of one worker, whole ones only, up to its end."""
+    """The answers of one worker, whole lines only, up to its end.
+
+    Raises:
+        _StuckError: it was ended over an item.
+    """
+    patience, at, late = PATIENCE[job["device"]], "", threading.Event()
     records.write_json(folder / "job.json", {**job, "items": list(items)})
     with (folder / "log.txt").open("w") as log:
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "start_new_session": True, "env": _environment()}
         with subprocess.Popen([str(python), "-m", MODULE, str(folder / "job.json")], **options) as process:
             assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    if line.endswith("\n"):
-                        yield json.loads(line)
-            finally:
+
+            def end() -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+
+            def give_up() -> None:
+                late.set()
+                end()
+
+            watch: threading.Timer | None = None
+            try:
+                for line in process.stdout:
+                    if watch is not None:
+                        watch.cancel()
+                    told = json.loads(line) if line.endswith("\n") else {}
+                    if "turns_to" in told:
+                        at, watch = told["turns_to"], threading.Timer(patience, give_up)
+                        watch.start()
+                    elif told:
+                        yield told
+            finally:
+                if watch is not None:
+                    watch.cancel()
+                end()
+    if late.is_set():
+        raise _StuckError(at, patience)
     if process.returncode == 2:  # it refused the job, in one sentence
         raise UserError(_last((folder / "log.txt").read_text(encoding="utf-8", errors="replace")))
 

@@ -1,4 +1,7 @@
-"""`python -m rfbench.vbench_worker JOB.json`: one JSON line per item; `--check [DIMENSION ...]`: one per dimension, exit code 1 if one cannot run."""
+"""`python -m rfbench.vbench_worker JOB.json`: one JSON line per item, and one when it turns to it.
+
+`--check [DIMENSION ...]`: one per dimension, exit code 1 if one cannot run.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"VBench's {answer.dimension} cannot run here: {answer.problem}; {answer.fix}")
         from rfbench.vbench_worker.work import work
 
-        for row in work(job):
+        for row in work(job, lambda item: write({"turns_to": item})):
             write(dataclasses.asdict(row))
     except UserError as error:
         print(error, file=sys.stderr)

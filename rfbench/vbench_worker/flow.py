@@ -14,7 +14,7 @@ from rfbench.vbench_worker.fast import Networks, Result
 from rfbench.vbench_worker.video import Footage, Frames, UnreadableError
 
 ITERATIONS = 20
-PAIRS = 4  # that AMT sees at once
+PAIRS = {"cuda": 4, "cpu": 1}  # that AMT sees at once
 
 
 class Flow:
@@ -113,8 +113,9 @@ class MotionSmoothness:
         padder = home.InputPadder(image_TCHW.shape, 16)
         image_TCHW = padder.pad(image_TCHW)
         differences: list[float] = []
-        for begin in range(0, len(even) - 1, PAIRS):
-            end = min(begin + PAIRS, len(even) - 1)
+        at_once = PAIRS[self.nets.device.type]
+        for begin in range(0, len(even) - 1, at_once):
+            end = min(begin + at_once, len(even) - 1)
             a, b = (image_TCHW[k : end + k - begin].to(self.nets.device) for k in (begin, begin + 1))
             when = self.amt.embt.expand(len(a), 1, 1, 1)
             found = self.amt.model(a, b, when, scale_factor=1.0, eval=True)["imgt_pred"]

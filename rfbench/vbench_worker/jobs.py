@@ -1,6 +1,7 @@
 """What the worker is asked and what it answers. Standard library only.
 
 A job is a JSON file: {"driver": "fast", "device": "cpu", "random": null, "items": [...]}; the answer to each item is one JSON line.
+Before it begins with an item, the fast driver also writes {"turns_to": ITEM'S ID}.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from rfbench.vbench_worker import rules
 from rfbench.vbench_worker.fast import Networks, Result, once
 from rfbench.vbench_worker.video import Footage, Frames
+from rfbench.vbench_worker.words import Reader
 
 Found = tuple[str, list[int], list[str]]  # description, box, and the labels of all boxes of the frame
 
@@ -25,6 +26,7 @@ class Detector:
 
     def __init__(self, nets: Networks, dimension: str) -> None:
         self.model = nets.get("grit", dimension).demo.predictor.model
+        Reader(self.model.roi_heads)
         if dimension == "color":
             _ask_boxes_once(self.model.roi_heads)
         else:  # the second text is the first one again

@@ -21,6 +21,10 @@ from torch import nn
 MARK = "drawn"
 CLIPS = {"B": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12), "L": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)}
 
+BOXES = 2  # of a frame, for which drawn weights find words; they are sure of some two hundred
+SAID = ("person", "dog", "cat", "red", "car", "alley")  # words that are said more often than others, so that there are some to be asked for
+LIKELY, ENDS = 3.5, 20.0  # logits of these words and of the end of a text, among 30,522 whose largest is about 4
+
 
 class Drawn(dict[str, Any]):
     """Stands for a checkpoint, at any depth of it."""
@@ -40,6 +44,31 @@ def draw(network: nn.Module, seed: int) -> nn.Module:
             elif parameter.dim() == 1:
                 constant = float(parameter[0]) if len(parameter) > 1 and bool((parameter == parameter[0]).all()) else 0.0
                 parameter.uniform_(constant - 0.1, constant + 0.1, generator=rng)
+    return network
+
+
+def draw_captioner(network: Any, seed: int) -> Any:
+    """Tag2Text that says something else of another image, and ends its captions where it may."""
+    draw(network, seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("crossattention.output.dense.weight"):
+                parameter.mul_(20)
+        bias = network.text_decoder.cls.predictions.bias
+        bias[network.tokenizer.convert_tokens_to_ids(list(SAID))] = LIKELY
+        bias[network.tokenizer.sep_token_id] = ENDS
+    return network
+
+
+def draw_detector(network: Any, seed: int) -> Any:
+    """GRiT that finds a few boxes in a frame, and for each about as many words as a label or a description has."""
+    draw(network, seed)
+    heads = network.roi_heads
+    for predictor in heads.box_predictor:
+        predictor.test_topk_per_image = BOXES
+    heads.text_decoder.beamsearch_decode.max_steps = 4 if heads.test_task == "ObjectDet" else 8
+    with torch.no_grad():
+        heads.text_decoder.textual.output.bias[[heads.tokenizer.sep_token_id, *heads.tokenizer.convert_tokens_to_ids(list(SAID))]] = LIKELY
     return network
 
 
@@ -78,7 +107,7 @@ def random_weights(seed: int) -> Iterator[None]:
             (vbench.utils, "subprocess", types.SimpleNamespace(run=lambda *_, **__: None)),
             (musiq_arch, "load_pretrained_network", lambda network, *_, **__: draw(network, seed)),
             (aesthetic_quality, "get_aesthetic_model", lambda _: draw(nn.Linear(768, 1), seed)),
-            (tag2text, "load_checkpoint_swinbase", lambda network, *_: (draw(network, seed), None)),
+            (tag2text, "load_checkpoint_swinbase", lambda network, *_: (draw_captioner(network, seed), None)),
             (tag2text.BertModel, "from_pretrained", lambda _, config, **named: tag2text.BertModel(config, **named)),
             (BertTokenizer, "from_pretrained", lambda *_, **__: BertTokenizer(words)),
         ):
@@ -86,7 +115,7 @@ def random_weights(seed: int) -> Iterator[None]:
         with contextlib.suppress(ImportError):
             from detectron2.checkpoint import DetectionCheckpointer
 
-            stack.enter_context(mock.patch.object(DetectionCheckpointer, "load", lambda self, *_, **__: draw(self.model, seed) and {}))
+            stack.enter_context(mock.patch.object(DetectionCheckpointer, "load", lambda self, *_, **__: draw_detector(self.model, seed) and {}))
         yield
 
 
@@ -94,7 +123,7 @@ def _vocabulary(folder: Path, tags: Any) -> str:
     """A vocabulary file of BERT's size in its layout: special tokens, letters, the words of the tags, and filling."""
     special = ["[PAD]", *(f"[unused{k}]" for k in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [mark + letter for letter in string.ascii_lowercase + string.digits + "|'-./" for mark in ("", "##")]
-    words = sorted({word for tag in tags for word in str(tag).lower().split()} | {"a", "picture", "of", "the", "with"})
+    words = sorted({word for tag in tags for word in str(tag).lower().split()} | {*SAID, "a", "picture", "of", "the", "with"})
     tokens = list(dict.fromkeys([*special, *letters, *words]))
     tokens += [f"filler{k}" for k in range(30522 - len(tokens))]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")

@@ -84,11 +84,11 @@ def _weights(begin: Tensor, end: Tensor, cells: int, length: int, sampling: int,
     """How much each of `length` places counts in each cell of each interval: [K, cells, length]."""
     extent = end - begin if aligned else (end - begin).clamp(min=1.0)
     size = extent / cells
-    grid = torch.full_like(extent, sampling) if sampling > 0 else torch.ceil(extent / cells)
+    grid = torch.full_like(extent, sampling) if sampling > 0 else torch.ceil(extent / cells)  # 0 of a box without extent: it has no sample
     most = max(int(grid.max()), 0) if len(grid) else 0
     index = torch.arange(most, device=begin.device)
     cell = torch.arange(cells, device=begin.device)
-    place_KPS = begin[:, None, None] + cell[None, :, None] * size[:, None, None] + (index + 0.5) * (size / grid)[:, None, None]
+    place_KPS = begin[:, None, None] + cell[None, :, None] * size[:, None, None] + (index + 0.5) * (size / grid.clamp(min=1))[:, None, None]
     counts = (index < grid[:, None])[:, None, :] & (place_KPS >= -1.0) & (place_KPS <= length)
     place_KPS = place_KPS.clamp(min=0, max=length - 1)
     low = place_KPS.floor().long().clamp(max=length - 1)

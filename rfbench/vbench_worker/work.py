@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -47,8 +47,11 @@ READERS = {
 }
 
 
-def work(job: Job) -> Iterator[Row]:
-    """One row per item, in the order in which they get done; a clip that fails costs its own rows only."""
+def work(job: Job, turns_to: Callable[[str], None] = lambda item: None) -> Iterator[Row]:
+    """One row per item, in the order in which they get done; a clip that fails costs its own rows only.
+
+    The fast driver calls `turns_to` with the id of each item before it waits for its clip: whoever listens knows what is to blame.
+    """
     device = torch.device(job.device)
     weights = contextlib.nullcontext() if job.random is None else _random(job.random)
     with weights:
@@ -57,7 +60,7 @@ def work(job: Job) -> Iterator[Row]:
             for name in versions:
                 yield from _official(name, [item for item in job.items if item.dimension == name], device, versions[name])
         else:
-            yield from _fast(job.items, device, versions)
+            yield from _fast(job.items, device, versions, turns_to)
 
 
 def _random(seed: int) -> Any:
@@ -72,7 +75,7 @@ def _official(name: str, items: Sequence[Item], device: torch.device, version: s
         yield _row(item, version, result, (time.perf_counter() - begun) / len(items))
 
 
-def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str]) -> Iterator[Row]:
+def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str], turns_to: Callable[[str], None]) -> Iterator[Row]:
     """Clips that are wanted for the same dimensions one after another, so that a network is in memory only as long as it is needed."""
     clips = [list(group) for _, group in groupby(sorted(items, key=_clip), key=_clip)]
     clips.sort(key=lambda group: sorted({item.dimension for item in group}))
@@ -87,9 +90,11 @@ def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str])
                 nets.forget()
                 scorers, current = {}, names
             ahead += [reader.submit(_read, clips[k]) for k in range(number + len(ahead), min(number + 2, len(clips)))]
-            footage = ahead.pop(0).result()
+            footage: Footage | str | None = None
             for item in sorted(group, key=lambda item: names.index(item.dimension)):
                 begun = time.perf_counter()
+                turns_to(item.id)
+                footage = ahead.pop(0).result() if footage is None else footage
                 result: Result | str
                 if isinstance(footage, str):
                     result = footage
