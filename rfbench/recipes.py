@@ -190,9 +190,9 @@ def room(total: int) -> str:
 
 
 def _videoreward() -> Path:
-    from rfbench.videoreward.model import files
+    from rfbench.videoreward.model import ABOUT, files
 
-    return files()[0]
+    return files()[ABOUT]
 
 
 def inputs_of(cfg: Recipe, sources: dict[str, Path]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rfbench import cli, doctor, evaluate, records, world
@@ -187,6 +188,41 @@ def test_scores_are_those_of_transformers_with_unmerged_adapters(original: Any, 
                 input_ids=ids_BL, position_ids=position_3BL, pixel_values_videos=patch_N, video_grid_thw=torch.tensor([grid])
             ).last_hidden_state
         assert distance(original.base_model.model.rm_head(plain[:, 15:18])[..., 0], wanted) > 0.01  # the adapters are part of it
+
+
+def test_adapters_alone_over_their_base_are_the_same_network(original: Any, published: Path, folders: Path, tmp_path: Path) -> None:
+    """As PEFT saves them, with the head beside them, over a base model whose embeddings are longer than the tokenizer."""
+    where, base = tmp_path / "repository", folders / "weights" / model.BASE
+    (where / TOKENIZER).parent.mkdir(parents=True)
+    for file in (ABOUT, TOKENIZER):
+        (where / file).write_bytes((published / file).read_bytes())
+    original.save_pretrained(where / "checkpoint-11352")
+    whole = {name: tensor.detach() for name, tensor in original.state_dict().items()}
+    head, embeddings = "base_model.model.rm_head.weight", "base_model.model.model.language_model.embed_tokens.weight"
+    torch.save({head: whole[head]}, where / model.BESIDE)
+    bare = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in whole.items() if ".lora_" not in name}
+    base.mkdir(parents=True)
+    longer = torch.cat([whole[embeddings], torch.ones(5, TINY.hidden)])
+    del bare["rm_head.weight"], bare["lm_head.weight"]
+    save_file(bare | {embeddings.removeprefix("base_model.model."): longer}, base / "model.safetensors")
+
+    wanted = load_network(published / WEIGHTS, TINY, torch.float32).state_dict()
+    found = model.load(where, dtype=torch.float32, cfg=TINY).network.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert set(model.files(where)) == {ABOUT, model.ADAPTER, model.BESIDE, TOKENIZER, f"{model.BASE}/model.safetensors"}
+    trained = whole[embeddings] + 1  # what training changed takes the place of the base's, in either naming
+    torch.save({head: whole[head], embeddings.replace("language_model.", ""): trained}, where / model.BESIDE)
+    found = model.load(where, dtype=torch.float32, cfg=TINY).network.state_dict()
+    assert torch.equal(found["qwen.language_model.embed_tokens.weight"], trained)
+    torch.save({}, where / model.BESIDE)
+    with pytest.raises(UserError, match=r"lacks 1 tensor\(s\), first 'rm_head.weight'"):
+        model.load(where, dtype=torch.float32, cfg=TINY)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        model.load(where, dtype=torch.float32, cfg=TINY)
+    base.rmdir()
+    with pytest.raises(UserError, match=r"run `hf download Qwen/Qwen2-VL-2B-Instruct"):
+        model.load(where, dtype=torch.float32, cfg=TINY)
 
 
 def test_weights_of_bfloat16_are_merged_in_float32(original: Any, tmp_path: Path) -> None:
@@ -384,7 +420,7 @@ def test_a_missing_file_comes_with_the_command_that_brings_it(tmp_path: Path, pu
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    assert [path.read_bytes() for path in model.files()] == [(published / file).read_bytes() for file in model.FILES]
+    assert [path.read_bytes() for path in model.files().values()] == [(published / file).read_bytes() for file in model.FILES]
 
 
 def test_the_settings_are_read(published: Path) -> None:

@@ -1,6 +1,7 @@
 """How near a run is to another one, clip by clip and frame by frame: a faster sampler to the exact one, one precision to another.
 
-`rfbench eval RUN -s reference --against OTHER`. Clips are compared with those of the same id and prompt.
+`rfbench eval RUN -s reference --against OTHER`. Clips are compared with those of the same id and prompt. LPIPS is left out: the package
+of that name needs torchvision and ships its linear heads alone, without the network under them.
 """
 
 from __future__ import annotations

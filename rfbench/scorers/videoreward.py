@@ -46,12 +46,13 @@ class VideoRewardScorer:
         Raises:
             UserError: they are missing.
         """
-        return f"1-{self.weights[model.WEIGHTS][:12]}"
+        files = [path for name, path in model.files().items() if name not in (model.ABOUT, model.TOKENIZER)]
+        return f"1-{sha256_of(files)[:12]}"
 
     @property
     def weights(self) -> Mapping[str, str]:
         """Its files; raises UserError if one is missing."""
-        return {name: sha256_of([path]) for name, path in zip(model.FILES, model.files(), strict=True)}
+        return {name: sha256_of([path]) for name, path in model.files().items()}
 
     def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
         """Four rows for every clip; refused is one whose video is missing, altered, broken or of an impossible shape, or has a

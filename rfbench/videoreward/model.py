@@ -4,6 +4,9 @@
     <weights>/KwaiVGI/VideoReward/checkpoint-11352/model.pth                the network
     <weights>/KwaiVGI/VideoReward/checkpoint-11352/tokenizer/tokenizer.json
 
+One that somebody trained further may lie there as VideoAlign's training saves it without the whole model, in place of model.pth:
+adapter_model.safetensors and non_lora_state_dict.pth, over <weights>/Qwen/Qwen2-VL-2B-Instruct/*.safetensors.
+
 Shapes: B clips, L tokens, T frames, H and W rows and columns.
 """
 
@@ -23,8 +26,8 @@ from rfbench.errors import UserError
 from rfbench.records import read_json
 from rfbench.settings import settings
 from rfbench.videoreward.frames import patches, token_count
-from rfbench.videoreward.network import VideoRewardCfg, VideoRewardNet, load_network
-from rfbench.weights import read_tokenizer
+from rfbench.videoreward.network import REST, VideoRewardCfg, VideoRewardNet, load_network
+from rfbench.weights import files_of, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 REPOSITORY = "KwaiVGI/VideoReward"
 ABOUT, WEIGHTS, TOKENIZER = "model_config.json", "checkpoint-11352/model.pth", "checkpoint-11352/tokenizer/tokenizer.json"
 FILES = (ABOUT, WEIGHTS, TOKENIZER)
+ADAPTER, BESIDE = "checkpoint-11352/adapter_model.safetensors", f"checkpoint-11352/{REST}"
+BASE = "Qwen/Qwen2-VL-2B-Instruct"
 AXES = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment
 ASKED = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 VIDEO = "<|video_pad|>"
@@ -108,17 +113,23 @@ class VideoReward:
         return [*ids[:place], *[tokens.video] * video_tokens, *ids[place + 1 :]]
 
 
-def files(where: Path | None = None) -> tuple[Path, ...]:
-    """Settings, weights and tokenizer in the published repository's directory, by default that of the weights directory.
+def files(where: Path | None = None) -> dict[str, Path]:
+    """Settings, weights and tokenizer in the published repository's directory, by default that of the weights directory, by their names.
 
     Raises:
         UserError: one of them is missing.
     """
     where = where or settings().weights / REPOSITORY
-    found = tuple(where / file for file in FILES)
-    if missing := [path for path in found if not path.is_file()]:
+    adapted = (where / ADAPTER).is_file() and not (where / WEIGHTS).is_file()
+    found = {file: where / file for file in ((ABOUT, ADAPTER, BESIDE, TOKENIZER) if adapted else FILES)}
+    if missing := [path for path in found.values() if not path.is_file()]:
         raise UserError(f"VideoReward: {missing[0]} is missing; `rfbench fetch videoreward` brings it")
-    return found
+    if not adapted:
+        return found
+    base = settings().weights / BASE
+    if not base.is_dir():
+        raise UserError(f"VideoReward: the adapters in {where} need {base}; run `hf download {BASE} --local-dir {base}`")
+    return found | {f"{BASE}/{path.name}": path for path in files_of(base)}
 
 
 def load(
@@ -129,11 +140,15 @@ def load(
     Raises:
         UserError: a file is missing, corrupt, or not that of this model.
     """
-    settings, weights, tokens = files(where)
+    there = files(where)
     cfg = cfg or VideoRewardCfg()
-    about = read_about(settings)
-    tokenizer = tokenizer_of(tokens, cfg)
-    network = load_network(weights, replace(cfg, rank=about.rank, alpha=about.alpha), dtype)
+    about = read_about(there[ABOUT])
+    tokenizer = tokenizer_of(there[TOKENIZER], cfg)
+    cfg = replace(cfg, rank=about.rank, alpha=about.alpha)
+    if ADAPTER in there:
+        network = load_network(there[ADAPTER], cfg, dtype, base=settings().weights / BASE)
+    else:
+        network = load_network(there[WEIGHTS], cfg, dtype)
     return VideoReward(network.to(device), tokenizer, about)
 
 

@@ -1,7 +1,8 @@
 """VideoReward's network: transformers' Qwen2-VL and a linear head, from the published checkpoint.
 
 The checkpoint (checkpoint-11352/model.pth, 1123 tensors) holds the model as PEFT wrapped it, under the names that transformers had
-before 4.52. Here its adapters are merged. Shapes: B clips, L tokens, N patches of all clips together.
+before 4.52. VideoAlign's training also saves adapters alone, with what else it trained beside them, over the Qwen2-VL that it began
+with. Here adapters are merged. Shapes: B clips, L tokens, N patches of all clips together.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PREFIXES = {  # in the checkpoint, behind the wrapper -> here; the longer ones a
 }
 UNUSED = f"{WRAPPER}lm_head.weight"  # predicts words
 ADAPTED = tuple(f"self_attn.{side}_proj" for side in "qkvo") + tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
+REST = "non_lora_state_dict.pth"
 LORA = re.compile(r"(?P<part>.+)\.lora_[AB]\.default\.weight")
 
 
@@ -154,15 +156,32 @@ def our_name(published: str) -> str | None:
     return PREFIXES[prefix] + bare.removeprefix(prefix).replace(".base_layer.", ".")
 
 
-def load_network(path: Path, cfg: VideoRewardCfg, dtype: torch.dtype) -> VideoRewardNet:
+def over_base(adapter: Path, base: Path, cfg: VideoRewardCfg) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of adapters by the names of a whole checkpoint: the base model's, the adapters', and those that training put in place of the first.
+
+    Training adds three words, and makes the embeddings as long as the tokenizer, which is shorter than the base model's.
+
+    Raises:
+        UserError: a file is missing or corrupt.
+    """
+    for name, tensor in read_tensors(base, WeightsCfg(base.name)).items():
+        yield WRAPPER + name, tensor[: cfg.vocab] if name.endswith("embed_tokens.weight") else tensor
+    for name, tensor in read_tensors(adapter, WeightsCfg(adapter.name)).items():
+        yield re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name), tensor
+    yield from read_tensors(adapter.with_name(REST), WeightsCfg(REST)).items()
+
+
+def load_network(path: Path, cfg: VideoRewardCfg, dtype: torch.dtype, *, base: Path | None = None) -> VideoRewardNet:
     """The network with its weights, on the CPU and without gradients: W + alpha / rank B A, added in float32 and rounded to `dtype`.
+
+    `path` is a whole checkpoint, or with `base`, a folder of Qwen2-VL's weights, adapter_model.safetensors beside non_lora_state_dict.pth.
 
     Raises:
         UserError: the file is missing or corrupt, or is not a VideoReward of these sizes, with its head and all of its adapters.
     """
     weights: dict[str, Tensor] = {}
     adapters: dict[str, Tensor] = {}
-    for published, tensor in read_tensors(path, WeightsCfg(path.name)).items():
+    for published, tensor in read_tensors(path, WeightsCfg(path.name)).items() if base is None else over_base(path, base, cfg):
         if published == UNUSED:
             continue
         name = our_name(published)
