@@ -394,8 +394,8 @@ def test_flicker_of_long_videos_is_that_of_the_first_five_static_clips_of_a_prom
 def test_a_clip_written_to_a_file_has_its_frames_nearly(tmp_path):
     import av
 
-    ramp = np.stack([np.full((32, 48, 3), 5 * t, np.uint8) for t in range(40)])
-    with video.writing(tmp_path / "whole.mp4", fps=16, height=32, width=48) as write:
+    ramp = np.stack([np.full((64, 64, 3), 5 * t, np.uint8) for t in range(40)])
+    with video.writing(tmp_path / "whole.mp4", fps=16, height=64, width=64) as write:
         write(ramp)
     long.write_part(tmp_path / "whole.mp4", tmp_path / "clips" / "part.mp4", 8, 40, 16)
     with av.open(str(tmp_path / "clips" / "part.mp4")) as container:
@@ -405,7 +405,7 @@ def test_a_clip_written_to_a_file_has_its_frames_nearly(tmp_path):
     with av.open(str(tmp_path / "clips" / "part.mp4")) as container:
         assert container.streams.video[0].average_rate == 16
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    assert frames.shape == (32, 32, 48, 3) and np.abs(frames.astype(int) - ramp[8:]).mean() < 3
+    assert frames.shape == (32, 64, 64, 3) and np.abs(frames.astype(int) - ramp[8:]).mean() < 3
     long.write_part(tmp_path / "whole.mp4", tmp_path / "clips" / "rest.mp4", 30, 40, 16)
     first = long.write_first_frames([tmp_path / "clips" / "part.mp4", tmp_path / "clips" / "rest.mp4"], tmp_path / "first.mp4", 16)
     with av.open(str(first)) as container:
