@@ -85,10 +85,9 @@ def sample(values: npt.ArrayLike, prompts: Sequence[Hashable], seeds: Sequence[H
         raise ValueError("a value is not finite")
     seed_names, prompt_names = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(prompts))
     row_of, column_of = ({name: i for i, name in enumerate(names)} for names in (seed_names, prompt_names))
-    row, column = [row_of[name] for name in seeds], [column_of[name] for name in prompts]
-    total, count = np.zeros((2, len(seed_names), len(prompt_names)))
-    np.add.at(total, (row, column), flat)
-    np.add.at(count, (row, column), 1)
+    row, column = (np.fromiter(map(of.__getitem__, names), np.intp) for of, names in ((row_of, seeds), (column_of, prompts)))
+    shape, place = (len(seed_names), len(prompt_names)), row * len(prompt_names) + column
+    total, count = (np.asarray(np.bincount(place, each, shape[0] * shape[1]), np.float64).reshape(shape) for each in (flat, np.ones(len(flat))))
     if (count != count[0]).any():
         raise ValueError("the training seeds did not make the same number of clips for each prompt")
     return Sample(seed_names, prompt_names, total, count[0])
@@ -218,11 +217,16 @@ def beyond(t: float, freedom: float) -> float:
     """The probability that a Student variable of `freedom` >= 1 degrees lies farther from zero than t, either side."""
     freedom = min(freedom, 1e6)
     begin = math.atan(abs(t) / math.sqrt(freedom))
-    end = min(math.pi / 2, begin + 12 / math.sqrt(freedom))
-    edges = np.linspace(begin, end, 2001)
-    middle = (edges[1:] + edges[:-1]) / 2
+    half = (min(math.pi / 2, begin + 12 / math.sqrt(freedom)) - begin) / 2
+    points, weights = _nodes()
     mass = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))  # of cos**(freedom - 1) up to pi / 2
-    return float(min(1.0, (np.cos(middle) ** (freedom - 1)).sum() * (edges[1] - edges[0]) / mass))
+    return min(1.0, half * float(weights @ np.cos(begin + half * (points + 1)) ** (freedom - 1)) / mass)
+
+
+@functools.cache
+def _nodes() -> tuple[Array, Array]:
+    """Points and weights of Gauss and Legendre between -1 and 1."""
+    return np.polynomial.legendre.leggauss(200)
 
 
 def p_value(value: float, error: float, freedom: float, prompts: int) -> float:

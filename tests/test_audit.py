@@ -137,7 +137,7 @@ def test_the_papers_numbers() -> None:
     totals = {what.split()[2]: check.verdict for (rule, what), check in found.items() if rule == "total of 6 dimensions"}
     assert {system for system, verdict in totals.items() if verdict == audit.BROKEN} == {"causvid", "longlive-1.0", "reward-forcing"}
     assert len(totals) == 5
-    assert found["total of 6 dimensions", "vbench_long.total of reward-forcing (reward-forcing/table-2)"].computed == "81.72"
+    assert found["total of 6 dimensions", "vbench-long.total of reward-forcing (reward-forcing/table-2)"].computed == "81.72"
     assert all(check.verdict == audit.FOLLOWS for check in checks if "16 dimensions" in check.rule or check.rule == "total of its groups")
     assert Counter(check.verdict for check in checks if check.rule == "whole 400ths") == {audit.BROKEN: 12}
     assert {check.computed for check in checks if check.rule == "number of parts"} == {"all 4 that do not fit are whole 355ths"}

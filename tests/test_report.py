@@ -23,7 +23,8 @@ from rfbench import config, published, records, report, strict
 from rfbench.config import Study
 from rfbench.errors import UserError
 from rfbench.report import claims, evidence, film, leaderboard, plots, sources, tables
-from rfbench.report.leaderboard import INCOMPLETE, NOT_RUN, NUMBER, Board
+from rfbench.report.cells import INCOMPLETE, NOT_RUN, NUMBER
+from rfbench.report.leaderboard import Board
 from rfbench.scorers.base import read_video
 from rfbench.timing import Chunk
 from tests import fake_runs

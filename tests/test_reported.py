@@ -80,5 +80,5 @@ def test_printed_tables_name_suites_that_there_are_and_notes_take_them_away():
     named = {table.suite for source in published.sources().values() for table in source.tables.values()} - {None}
     assert named == {"vbench-forcing", "moviegen-60s"} <= set(suites.SUITES)
     assert published.cell("reward-forcing/table-1", "reward-forcing", "vbench.total").suite == "vbench-forcing"
-    assert published.cell("reward-forcing/table-2", "reward-forcing", "drift.drift").suite is None  # another formula than the printed one
+    assert published.cell("reward-forcing/table-2", "reward-forcing", "vbench-long.drift").suite is None  # another formula than the printed one
     assert published.cell("self-forcing/table-1", "nova", "vbench.total").suite is None  # at another size

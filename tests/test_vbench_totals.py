@@ -17,7 +17,7 @@ from rfbench.vbench.dimensions import I2V, T2V
 from rfbench.vbench.totals import read, total
 from tests.test_cli import call
 
-BOARDS = {"vbench": T2V, "vbench_long": T2V, "vbench_i2v": I2V}
+BOARDS = {"vbench": T2V, "vbench-long": T2V, "vbench_i2v": I2V}
 
 
 def printed() -> dict[tuple[str, str], dict[str, float]]:
@@ -49,7 +49,7 @@ def test_totals_are_the_printed_ones(key):
 
 
 def test_there_are_rows_of_both_boards():
-    assert Counter(of_board(row)[0] for row in ROWS.values()) == {"vbench": 28, "vbench_long": 2, "vbench_i2v": 7}
+    assert Counter(of_board(row)[0] for row in ROWS.values()) == {"vbench": 28, "vbench-long": 2, "vbench_i2v": 7}
 
 
 def test_the_ends_of_the_scale():

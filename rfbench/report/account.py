@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rfbench.records import Run
+from rfbench.report.cells import INCOMPLETE, NOT_RUN
 from rfbench.report.claims import Finding
-from rfbench.report.leaderboard import INCOMPLETE, NOT_RUN, Board
+from rfbench.report.leaderboard import Board
 from rfbench.report.tables import difference_unit, finding_numbers, label, shown
 from rfbench.statistics import INCONCLUSIVE, LEVEL
 

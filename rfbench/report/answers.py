@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rfbench.report.account import several
+from rfbench.report.cells import Cell
 from rfbench.report.claims import Finding
-from rfbench.report.leaderboard import Board, Cell
+from rfbench.report.leaderboard import Board
 from rfbench.report.tables import column_decimals, label, printed, unit_of
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, NOT_RUN, REPRODUCED
 

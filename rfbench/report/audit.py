@@ -20,7 +20,7 @@ from rfbench.vbench.dimensions import I2V, T2V, Board
 
 FOLLOWS, BROKEN, DIFFER, REPEATED, OPEN = "follows", "does not follow", "differ", "repeated", "within noise"
 VERDICTS = (BROKEN, OPEN, DIFFER, REPEATED, FOLLOWS)  # in the order in which they are shown
-BOARDS = {"vbench": T2V, "vbench_long": T2V, "vbench_i2v": I2V}
+BOARDS = {"vbench": T2V, "vbench-long": T2V, "vbench_i2v": I2V}
 CHANCE = 1e-3  # how unlikely it has to be that a number of equal parts fits by accident
 EDGE = 1e-9
 

@@ -20,9 +20,10 @@ from typing import Any
 from rfbench import records
 from rfbench.errors import UserError
 from rfbench.report import account, evidence, leaderboard, record, reported, sources, tables
+from rfbench.report.cells import Problems
 from rfbench.report.claims import Finding
 from rfbench.report.evidence import Bench, Scores
-from rfbench.report.leaderboard import Board, Problems
+from rfbench.report.leaderboard import Board
 
 MANIFEST = "evidence.json"
 SCHEMA = 1

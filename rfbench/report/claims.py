@@ -10,7 +10,8 @@ from rfbench import published, statistics, timing
 from rfbench.config import Claim, Study
 from rfbench.errors import UserError, did_you_mean
 from rfbench.published import Reported
-from rfbench.report.leaderboard import BOARD, NUMBER, Board, Cell, Row, suite_name
+from rfbench.report.cells import BOARD, NUMBER, Cell, Row
+from rfbench.report.leaderboard import Board, suite_name
 from rfbench.statistics import INCONCLUSIVE, NOT_RUN, REPRODUCED
 from rfbench.timing import TIMINGS
 
@@ -73,8 +74,11 @@ def _judge(board: Board, study: Study, claim: Claim) -> Finding:
     rows = {row.name: row for row in board.rows}
     carried = _carried_by(rows[claim.better], rows[claim.than])
     found = Finding(claim, INCONCLUSIVE, "", better, than, published=told, printed=printed, seeds=carried)
-    if better.sample is None or than.sample is None:
+    if timed(claim):
         return _judge_timing(found, better, than, sign)
+    if better.sample is None or than.sample is None:
+        gap = sign * ((better.value or 0.0) - (than.value or 0.0))
+        return dataclasses.replace(found, value=gap, reason="one number of all clips has no interval")
     try:
         measured = statistics.difference(better.sample, than.sample)
     except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rfbench import published, statistics, timing
+from rfbench.report import totals
 from rfbench.report.claims import Finding, timed
 from rfbench.report.leaderboard import Board
 from rfbench.report.plots import FAINT, INK, SERIES, Plot, panel, svg
@@ -72,6 +73,8 @@ def differences(board: Board, finding: Finding) -> Array:
         better, than = finding.better.rounds, finding.than.rounds
         ratios = [better[key] / than[key] for key in sorted(better.keys() & than.keys())]
         return 100 * (np.array(ratios) ** sign - 1)
+    if finding.better.sample is None or finding.than.sample is None:
+        return np.zeros(0)
     one, other = _samples(finding)
     scale, _ = finding_numbers(board, finding)
     return np.asarray(sign * scale * (one.total.mean(0) - other.total.mean(0)) / one.count)
@@ -197,8 +200,9 @@ def _by_prompt(board: Board, finding: Finding, found: Array, numbers: dict[str, 
     axes.set_ylabel(_axis(board, finding))
     title = f"{what.capitalize()} by {what}"
     text = f"Each is {claim.better} less {claim.than} on the same {what}" + ("." if timed(claim) else ", mean of its clips and seeds.")
+    text += " What it adds to the total, drawn so that the mean is that of the totals." if totals.known(claim.metric) else ""
     text += f" Above zero in the colour of {claim.better}. Line and band: {'median' if timed(claim) else 'mean'} and 95\u00a0% interval."
-    return Plot(title, text, svg(figure, f"{title}: {claim.text}", None), (numbers[claim.better], numbers[claim.than]))
+    return Plot(title, text, svg(figure, f"{title}: {claim.text}", None, claim.id), (numbers[claim.better], numbers[claim.than]))
 
 
 def _forest(board: Board, finding: Finding, numbers: dict[str, int]) -> Plot:
@@ -215,7 +219,7 @@ def _forest(board: Board, finding: Finding, numbers: dict[str, int]) -> Plot:
     title = "The interval that decides"
     verdicts = f"Right of the margin: {REPRODUCED}; left of it: {CONTRADICTED}; across it: {INCONCLUSIVE}."
     alone = "" if len(lines) == 1 else " Below it each " + ("start of the program" if timed(claim) else "training seed") + " alone."
-    return Plot(title, verdicts + alone, svg(figure, f"{title}: {_spoken(lines)}", None), (numbers[claim.better], numbers[claim.than]))
+    return Plot(title, verdicts + alone, svg(figure, f"{title}: {_spoken(lines)}", None, claim.id), (numbers[claim.better], numbers[claim.than]))
 
 
 def _spoken(lines: Sequence[Part]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,18 @@ def _chosen(board: Board) -> list[tuple[str, str]]:
 
 
 def _scene(board: Board, suite: str, clip_id: str) -> Scene:
-    films, shown = [], None
+    work = []
     for row in board.rows:
         run = next((run for run in row.runs if (run, suite) in board.benches), None)
         if run is None:
             continue
         bench = board.benches[run, suite]
-        clip = next(clip for clip in bench.clips if clip.id == clip_id)
-        films.append(film(row.name, run, bench.directory, clip))
-        shown = shown or clip
-    assert shown is not None
+        work.append((row.name, run, bench.directory, next(clip for clip in bench.clips if clip.id == clip_id)))
+    with ThreadPoolExecutor() as pool:  # most of it is decoding and compressing, which needs no interpreter
+        films = tuple(pool.map(film, *zip(*work, strict=True)))
+    shown = work[0][-1]
     times = tuple(float(place) / shown.fps for place in _stills(shown.frames))
-    return Scene(suite, clip_id, shown.prompt, shown.frames / shown.fps, times, tuple(films))
+    return Scene(suite, clip_id, shown.prompt, shown.frames / shown.fps, times, films)
 
 
 def film(row: str, run: str, directory: Path, clip: Clip) -> Film:

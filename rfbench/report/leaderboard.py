@@ -6,79 +6,29 @@ where it came from, or with the reason why there is none. Without a study a run 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfbench import config, published, records, statistics, timing
+from rfbench import config, published
 from rfbench.config import Contender, External, Study
 from rfbench.errors import UserError, did_you_mean
-from rfbench.published import Reported
 from rfbench.records import RANDOM
+from rfbench.report import cells as cells_of
 from rfbench.report import division, evidence
+from rfbench.report.cells import BOARD, INCOMPLETE, NOT_RUN, Cell, Problems, Row
 from rfbench.report.evidence import Bench, Scores, Timed, Training
 from rfbench.scorers.base import Metric
-from rfbench.statistics import Interval, Sample
-from rfbench.timing import TIMINGS, Key
-
-NUMBER, NOT_RUN, INCOMPLETE, LEFT_OUT = "number", "not run", "incomplete", "not asked for"
-BOARD = "profile"  # stands for all contenders where a problem is with the run that times them in turn
-
+from rfbench.timing import TIMINGS
 
 RANDOM_WEIGHTS = "its weights are random, so its scores mean nothing"
 APPROXIMATE = {
     "8-bit products": "its network multiplies 8-bit floats, so its scores and times are approximate",
     "tiny decoder": "its pixels come from the tiny decoder, so its scores and the times that count decoding are approximate",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender and the names of its runs: one, or one per training seed."""
-
-    name: str
-    runs: tuple[str, ...]
-    seeds: tuple[int, ...] = ()  # training seeds; none where nothing was trained for this table
-    note: str = ""  # how it differs from the row or recipe that it comes from
-    suites: tuple[str, ...] | None = None
-    title: str = ""
-    saw: tuple[str, ...] = ()
-    reported: tuple[Reported, ...] = ()
-    caveats: tuple[str, ...] = ()  # why its numbers are not what its name promises
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a row has in a column: a number with its interval (for timings: median and range), or why not."""
-
-    row: str
-    column: str  # suite, or the hardware of a timing
-    metric: str
-    state: str = NUMBER
-    reason: str = ""
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    clips: int = 0
-    prompts: int = 0
-    seeds: int = 0
-    repeats: int = 0  # of a timing: processes, or rounds of the only one
-    sources: tuple[dict[str, Any], ...] = ()  # one per run
-    saw: bool = False  # optimised in training
-    best: bool = False
-    tied: bool = False  # its paired difference from the best is not told from zero
-    ranks: tuple[int, int] | None = None  # best and worst that it may have in its column
-    open: str = ""  # why it does not stand with the closed entries; nothing: complete, clean commit, shipped suite, pinned weights
-    sample: Sample | None = field(default=None, repr=False, compare=False)
-    rounds: dict[Key, float] = field(default_factory=dict, repr=False, compare=False)  # of a timing: its value in each round
-
-
-Problems = dict[tuple[str, str, str], tuple[str, str]]  # (run, suite or hardware, scorer or "" for all) -> state, reason
 
 
 @dataclass(frozen=True)
@@ -276,13 +226,13 @@ def _read(
     for row in rows:
         for suite in suites:
             for metric in columns[suite]:
-                cells[row.name, suite, metric] = _cell(row, suite, metric, benches, scores, problems)
+                cells[row.name, suite, metric] = cells_of.of_suite(row, suite, metric, benches, scores, problems)
         for machine in hardware:
             for metric in columns[machine]:
-                cells[row.name, machine, metric] = _timed(row, machine, metric, timings.get((row.name, machine), ()), problems)
+                cells[row.name, machine, metric] = cells_of.of_timing(row, machine, metric, timings.get((row.name, machine), ()), problems)
     for place, cell in cells.items():
         cells[place] = dataclasses.replace(cell, open=division.why_open(cell, benches, timings))
-    _rank(cells, metrics)
+    cells_of.rank(cells, metrics)
     columns |= {machine: tuple(metric for metric in columns[machine] if TIMINGS[metric.partition(".")[2]].headline) for machine in hardware}
     return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
 
@@ -346,134 +296,3 @@ def _columns(
         columns[machine] = tuple(f"profile.{name}" for name in TIMINGS if f"profile.{name}" in there)
         metrics |= {f"profile.{name}": definition.metric for name, definition in TIMINGS.items() if f"profile.{name}" in there}
     return columns, metrics
-
-
-def source(directory_name: str, run: records.Run, **more: Any) -> dict[str, Any]:
-    """Where a number came from, without the name of the machine or any path on it."""
-    code = run.recorded.get("code") or {}
-    return {
-        "run": directory_name,
-        "fingerprint": run.fingerprint,
-        "commit": code.get("commit"),
-        "dirty": code.get("dirty"),
-        "version": code.get("version"),
-    } | more
-
-
-def _cell(
-    row: Row,
-    suite: str,
-    metric: str,
-    benches: dict[tuple[str, str], Bench],
-    scores: dict[tuple[str, str], tuple[Scores, ...]],
-    problems: Problems,
-) -> Cell:
-    scorer = metric.partition(".")[0]
-    empty = Cell(row.name, suite, metric)
-    if row.suites is not None and suite not in row.suites:
-        return dataclasses.replace(empty, state=LEFT_OUT, reason=f"{row.name} is not run on {suite} here")
-    for run in row.runs:
-        state, reason = problems.get((run, suite, ""), problems.get((run, suite, scorer), ("", "")))
-        if state:
-            return dataclasses.replace(empty, state=state, reason=reason)
-    values: list[float] = []
-    prompts: list[int] = []
-    seeds: list[int] = []
-    sources = []
-    wholes: list[float] = []  # of a metric that is no mean over clips, one per run
-    percentage = False
-    for number, run in enumerate(row.runs):
-        bench = benches[run, suite]
-        item = next((item for item in scores[run, suite] if metric in item.values or metric in item.whole), None)
-        if item is None:
-            return dataclasses.replace(empty, state=INCOMPLETE, reason=f"{run}/{suite} has no '{metric}' although other rows do; score it again")
-        if metric in item.whole:
-            wholes.append(item.whole[metric])
-        for clip in bench.clips:
-            if clip.id in item.values.get(metric, ()):
-                values.append(item.values[metric][clip.id])
-                prompts.append(clip.prompt_id)
-                seeds.append(row.seeds[number] if row.seeds else number)
-        percentage = item.metrics[metric].unit == "%"
-        weights = {"weights_sha256": bench.weights_sha256, "suite_sha256": bench.suite_sha256}
-        sources.append(source(bench.run.name, bench.run, **weights, scorer=scorer, scorer_version=item.version))
-    seen = any(trained in (metric, scorer) for trained in row.saw)
-    if wholes:
-        told = "one number of all clips, without an interval"
-        return dataclasses.replace(
-            empty,
-            value=math.fsum(wholes) / len(wholes),
-            reason=told,
-            clips=sum(len(benches[run, suite].clips) for run in row.runs),
-            sources=tuple(sources),
-            saw=seen,
-        )
-    try:
-        sample = statistics.sample(values, prompts, seeds)
-    except ValueError as error:
-        return dataclasses.replace(empty, state=INCOMPLETE, reason=f"{row.name} on {suite}: {error}; generate and score it again")
-    found: Interval = statistics.mean(sample)
-    bounds = (0.0, 100.0) if percentage else (-math.inf, math.inf)
-    return dataclasses.replace(
-        empty,
-        value=found.value,
-        low=None if found.low is None else max(found.low, bounds[0]),
-        high=None if found.high is None else min(found.high, bounds[1]),
-        reason=found.why,
-        clips=len(values),
-        prompts=found.prompts,
-        seeds=found.seeds,
-        sources=tuple(sources),
-        saw=seen,
-        sample=sample,
-    )
-
-
-def _timed(row: Row, machine: str, metric: str, timings: tuple[Timed, ...], problems: Problems) -> Cell:
-    """Median and range over processes, or over the rounds of the only one."""
-    empty = Cell(row.name, machine, metric)
-    if not timings:
-        state, reason = problems.get((BOARD, machine, ""), (NOT_RUN, f"{row.name} has not been profiled on {machine}"))
-        return dataclasses.replace(empty, state=state, reason=reason)
-    found = [timed for timed in timings if metric in timed.columns]
-    if not found:
-        return dataclasses.replace(empty, state=LEFT_OUT, reason=f"'{metric}' does not apply: {row.name} does not stream, or not for long enough")
-    rounds = {key: value for timed in found for key, value in timed.columns[metric].items()}
-    spread = timing.spread(rounds)
-    sources = tuple(source(timed.run.name, timed.run, weights_sha256=timed.weights_sha256, timed=timed.contender) for timed in found)
-    return dataclasses.replace(empty, value=spread.median, low=spread.low, high=spread.high, repeats=spread.repeats, sources=sources, rounds=rounds)
-
-
-def _rank(cells: dict[tuple[str, str, str], Cell], metrics: dict[str, Metric]) -> None:
-    """Mark the best number of each column, those that cannot be told from it, and the ranks that each may have.
-
-    Closed entries compete among themselves; where there is none, the open ones do.
-    """
-    for column, metric in dict.fromkeys(place[1:] for place in cells):
-        numbers = {place: cell for place, cell in cells.items() if place[1:] == (column, metric) and cell.value is not None}
-        numbers = {place: cell for place, cell in numbers.items() if not cell.open} or numbers
-        if len(numbers) < 2:
-            continue
-        higher = metrics[metric].higher_is_better
-        leader = max(numbers, key=lambda place: (1 if higher else -1) * (numbers[place].value or 0.0))
-        ranks: dict[tuple[str, str, str], tuple[int, int]] = {}
-        with contextlib.suppress(ValueError):  # not the same prompts: no ranks
-            samples = {place: cell.sample for place, cell in numbers.items() if cell.sample is not None}
-            ranks = dict(zip(samples, statistics.ranks(list(samples.values()), higher_is_better=higher), strict=True))
-        for place, cell in numbers.items():
-            tied = place != leader and _tied(numbers[leader], cell)
-            cells[place] = dataclasses.replace(cell, best=place == leader, tied=tied, ranks=ranks.get(place))
-
-
-def _tied(leader: Cell, cell: Cell) -> bool:
-    """Whether the difference from the leader may be zero: by their paired interval, or for timings of separate runs by overlapping ranges."""
-    if leader.sample is None or cell.sample is None:
-        with contextlib.suppress(ValueError):
-            ratio = timing.compared(leader.rounds, cell.rounds, higher_is_better=True)
-            return ratio.low is None or ratio.high is None or ratio.low <= 1 <= ratio.high
-        return None not in (leader.low, leader.high, cell.low, cell.high) and not (cell.high < leader.low or leader.high < cell.low)  # type: ignore[operator]
-    try:
-        found = statistics.difference(leader.sample, cell.sample)
-    except ValueError:  # not the same prompts
-        return False
-    return statistics.verdict(found.low, found.high) == statistics.INCONCLUSIVE

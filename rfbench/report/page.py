@@ -12,9 +12,10 @@ import rfbench
 from rfbench import published as papers
 from rfbench.report import account, deciding, plots, reported, tradeoffs
 from rfbench.report.answers import answers, ranked
+from rfbench.report.cells import LEFT_OUT, NUMBER, Cell, Row
 from rfbench.report.claims import Finding
 from rfbench.report.film import Film, Scene
-from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell, Row
+from rfbench.report.leaderboard import Board
 from rfbench.report.tables import (
     arrow,
     column_decimals,

@@ -14,8 +14,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rfbench import statistics
+from rfbench.report.cells import NUMBER, Row
 from rfbench.report.evidence import Timed, Training
-from rfbench.report.leaderboard import NUMBER, Board, Row
+from rfbench.report.leaderboard import Board
 from rfbench.report.tables import label, unit_of
 from rfbench.scorers.base import segments
 
@@ -81,8 +82,10 @@ def _over_time(board: Board, row: Row, suite: str, metric: str) -> tuple[list[fl
     clip = None
     for number, run in enumerate(row.runs):
         for item in board.scores[run, suite]:
+            if metric not in item.segments:
+                continue
             for clip in board.benches[run, suite].clips:
-                if clip.id in item.segments.get(metric, {}):
+                if clip.id in item.segments[metric]:
                     gathered.append((item.segments[metric][clip.id], clip.prompt_id, number))
     if not gathered or clip is None or len({len(values) for values, _, _ in gathered}) != 1:
         return None
@@ -206,12 +209,15 @@ def _band(axes: Axes, number: int, x: Sequence[float], low: Sequence[float], hig
     axes.fill_between(x, low, high, color=SERIES[number % len(SERIES)], alpha=0.1, lw=0, gid=f"b{number}")
 
 
-def svg(figure: Figure, title: str, board: Board | None) -> str:
-    """A figure as inline SVG: page colours, page fonts, classes instead of ids, a title for those who cannot see it."""
+def svg(figure: Figure, title: str, board: Board | None, salt: str = "") -> str:
+    """A figure as inline SVG: page colours, page fonts, classes instead of ids, a title for those who cannot see it.
+
+    What its parts refer to by id is unique on a page if title and `salt` are.
+    """
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title + salt}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rfbench.published import Reported
-from rfbench.report.leaderboard import NUMBER, Board, Row
+from rfbench.report.cells import NUMBER, Row
+from rfbench.report.leaderboard import Board
 from rfbench.report.tables import csv_of, in_latex, in_markdown, label, markdown_table, shown, unit_of
 
 FPS = ("profile.e2e_fps", "profile.clip_fps")  # with everything counted; the first is of a stream, which some contenders do not have

@@ -9,8 +9,9 @@ from rfbench import config
 from rfbench.config import Study
 from rfbench.errors import UserError
 from rfbench.report import claims, evidence, leaderboard
+from rfbench.report.cells import Problems
 from rfbench.report.claims import Finding
-from rfbench.report.leaderboard import Board, Problems
+from rfbench.report.leaderboard import Board
 from rfbench.report.record import KINDS
 
 Lookups = tuple[leaderboard.Find, Callable[[str], list[str]]]

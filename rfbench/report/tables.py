@@ -12,8 +12,9 @@ from typing import Any
 
 from rfbench.published import Reported
 from rfbench.report import claims
+from rfbench.report.cells import LEFT_OUT, NUMBER, Cell
 from rfbench.report.claims import Finding
-from rfbench.report.leaderboard import LEFT_OUT, NUMBER, Board, Cell
+from rfbench.report.leaderboard import Board
 from rfbench.scorers.base import Metric
 from rfbench.statistics import LEVEL, VERDICTS
 

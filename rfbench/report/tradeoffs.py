@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rfbench import statistics
-from rfbench.report.leaderboard import NUMBER, Board, Cell
+from rfbench.report.cells import NUMBER, Cell
+from rfbench.report.leaderboard import Board
 from rfbench.report.plots import FAINT, INK, SERIES, Plot, line, panel, svg
 from rfbench.report.tables import arrow, label, unit_of
 

@@ -6,6 +6,7 @@ flickering 33 points and puts rows with a total of -57 on the leaderboard.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -52,6 +53,15 @@ def as_released(percent: Mapping[str, float], board: Board = T2V) -> dict[str, A
     """
     missing = [name for name in board.dimensions if name not in percent]
     return total({**percent, **dict.fromkeys(missing, 0.0)}, board) | ({"missing_as_0": missing} if missing else {})
+
+
+@functools.cache
+def slopes() -> Mapping[str, Mapping[str, float]]:
+    """Total, quality and semantic of text to video -> what a point of each dimension that is part of it adds to it: all are linear."""
+    none = dict.fromkeys(T2V.dimensions, 0.0)
+    base = total(none)
+    one = {name: total(none | {name: 1.0}) for name in T2V.dimensions}
+    return {part: {name: slope for name in one if (slope := one[name][part] - base[part])} for part in base}
 
 
 def _check(percent: Mapping[str, float], board: Board) -> None:
