@@ -132,10 +132,20 @@ def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Ba
 
 
 @torch.no_grad()
-def climb(prompt: str, steps: Sequence[Way], *, chunks: int, turns: int, peak: float | None) -> list[Rung]:
+def climb(
+    prompt: str,
+    steps: Sequence[Way],
+    *,
+    chunks: int,
+    turns: int,
+    peak: float | None,
+    keep: Callable[[Any], None] | None = None,
+    broken: dict[str, str] | None = None,
+) -> list[Rung]:
     """Time all rungs over streams of `chunks` chunks, `turns` times in turn, and compare their videos of seed 0.
 
-    `peak` is the speed of light in TFLOP/s. The first of the steps is rung 0.
+    `peak` is the speed of light in TFLOP/s. The first of the steps is rung 0. `keep` gets the raw times of each turn. With `broken` a
+    rung that fails is left out and named there, with what it said; rung 0 must not.
 
     Raises:
         ValueError: too few chunks: those before chunk STEADY are not counted, and the last one has no context pass.
@@ -143,17 +153,26 @@ def climb(prompt: str, steps: Sequence[Way], *, chunks: int, turns: int, peak: f
     if chunks < STEADY + 2:
         raise ValueError(f"a ladder of {chunks} chunks never gets steady; the least is {STEADY + 2}")
     text_BLE = steps[0].backbone.encode_text([prompt])  # of all rungs: no approximation is one of the text encoder
-    made, taken, decoding = dict[str, list[Tensor]](), dict[str, list[float]](), dict[str, float]()
-    for way in steps:  # which also warms up
+    made, taken, decoding = dict[str, list[Tensor]](), {way.name: list[float]() for way in steps}, dict[str, float]()
+
+    def first(way: Way) -> None:  # which also warms up
         made[way.name], _ = once(way, text_BLE, chunks)
         decoding[way.name] = decoding_seconds(way, made[way.name])
-        taken[way.name] = []
+
+    def again(way: Way) -> None:
+        _, seconds = once(way, text_BLE, chunks)
+        taken[way.name].append(median(seconds))
+        if keep is not None:
+            keep({"rung": way.name, "turn": len(taken[way.name]) - 1, "seconds": seconds})
+
+    left = whole(steps, first, broken)
     for _ in range(turns):
-        for way in steps:
-            taken[way.name].append(once(way, text_BLE, chunks)[1])
-    base, error = steps[0].name, errors(prompt, steps, chunks)
+        left = whole(left, again, broken)
+    base, error = steps[0].name, dict[str, dict[str, Error]]()
+    apart_from = off(prompt, steps[0], chunks)
+    left = whole(left, lambda way: error.update(apart_from(way)), broken)
     found = []
-    for way in steps:
+    for way in left:
         assert way.cfg.chunk is not None
         ms, frames = sorted(1000 * seconds for seconds in taken[way.name]), TEMPORAL * way.cfg.chunk
         ratios = sorted(slow / fast for slow, fast in zip(taken[base], taken[way.name], strict=True))
@@ -182,14 +201,28 @@ def climb(prompt: str, steps: Sequence[Way], *, chunks: int, turns: int, peak: f
     return found
 
 
-def once(way: Way, text_BLE: Tensor, chunks: int) -> tuple[list[Tensor], float]:
-    """The chunks of a clip, and the median seconds of a steady one with its context pass."""
+def whole(steps: Sequence[Way], work: Callable[[Way], None], broken: dict[str, str] | None) -> list[Way]:
+    """Do a part of the work for each; those for which it could be done."""
+    found = []
+    for way in steps:
+        try:
+            work(way)
+            found.append(way)
+        except Exception as error:
+            if broken is None or way is steps[0]:
+                raise
+            broken[way.name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def once(way: Way, text_BLE: Tensor, chunks: int) -> tuple[list[Tensor], list[float]]:
+    """The chunks of a clip, and the seconds of each steady one with its context pass."""
     assert way.cfg.chunk is not None
     made, stamps = [], []
     for latent in way.run(way.backbone, text_BLE, chunks * way.cfg.chunk, way.cfg, clip_noise(way.backbone, [0]), None):
         stamps.append(now(text_BLE.device))
         made.append(latent)
-    return made, median(after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False))
+    return made, [after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False)]
 
 
 def decoding_seconds(way: Way, latents: Sequence[Tensor]) -> float:
@@ -218,9 +251,8 @@ class Bare:
     shape: Any
 
 
-def errors(prompt: str, steps: Sequence[Way], chunks: int) -> dict[str, dict[str, Error]]:
-    """Of each exact rung, place by place: its error in bfloat16 over that of rung 0."""
-    base = steps[0]
+def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[str, Error]]]:
+    """Of an exact rung, place by place: its error in bfloat16 over that of rung 0, `base`."""
     assert base.cfg.chunk is not None
     shape = base.backbone.shape
     clips = min(ENOUGH, -(-VALUES // (base.cfg.chunk * shape.channels * shape.height * shape.width)))
@@ -245,14 +277,19 @@ def errors(prompt: str, steps: Sequence[Way], chunks: int) -> dict[str, dict[str
         return [free[0], free[STEADY], list(run(backbone, text, long, base.cfg, draw(), given))[-1]]
 
     wanted = chunks_of(reference, high, text_BLE.float(), wide, history.float())
-    found = dict[str, dict[str, Error]]()
-    bound = list[list[float]]()
-    for way in steps:
-        if way.kind != "approximate":
-            off = [each(ours, theirs) for ours, theirs in zip(chunks_of(way.run, low, text_BLE, noise, history), wanted, strict=True)]
-            bound = bound or off
-            found[way.name] = {place: compared(*pair) for place, *pair in zip(PLACES, off, bound, strict=True)}
-    return found
+
+    def distances(way: Way) -> list[list[float]]:
+        return [each(ours, theirs) for ours, theirs in zip(chunks_of(way.run, low, text_BLE, noise, history), wanted, strict=True)]
+
+    bound = distances(base)
+
+    def told(way: Way) -> dict[str, dict[str, Error]]:
+        if way.kind == "approximate":
+            return {}
+        own = bound if way is base else distances(way)
+        return {way.name: {place: compared(*pair) for place, *pair in zip(PLACES, own, bound, strict=True)}}
+
+    return told
 
 
 def each(found_BFCHW: Tensor, wanted_BFCHW: Tensor) -> list[float]:
@@ -302,7 +339,7 @@ def profile(
 ) -> Path:
     """`profile --ladder`: a baseline from the loop as the reference runs it to the approximations of ours, see `rfbench.ladder`.
 
-        runs/ladder/<name>/<hardware>/run.json
+        runs/ladder/<name>/<hardware>/{run.json, turns.jsonl}    the latter has the raw times of all chunks
 
     Raises:
         UserError: the baseline cannot be used, or what it does has no plain loop to begin with, or too few chunks.
@@ -334,9 +371,16 @@ def profile(
                 }
             )
             prompt = load_suite("smoke").prompts[0].text
-            rungs = climb(prompt, ways(backbone, ready.cfg.sampler, others), chunks=chunks, turns=repeats, peak=peak)
+            broken = dict[str, str]()
+            (directory / "turns.jsonl").unlink(missing_ok=True)  # of a ladder that was cut short
+            with records.appending(directory / "turns.jsonl") as keep:
+                steps = ways(backbone, ready.cfg.sampler, others)
+                rungs = climb(prompt, steps, chunks=chunks, turns=repeats, peak=peak, keep=keep, broken=broken)
+            run.record(broken=broken)
             run.record(hardware={"before": before, "after": hardware.state(device)})
-            run.result.update(rungs=[dataclasses.asdict(rung) for rung in rungs], exact=all(rung.exact for rung in rungs if rung.kind == "exact"))
+            run.result.update(
+                rungs=[dataclasses.asdict(rung) for rung in rungs], exact=not broken and all(rung.exact for rung in rungs if rung.kind == "exact")
+            )
     return directory
 
 
@@ -383,4 +427,4 @@ def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
                 "error of rung 0 ×": " ".join(f"{error['ratio']:.2f}" for error in apart.values()) or f"apart {rung['first']:.1e}",
             }
         )
-    return rows
+    return rows + [dict.fromkeys(rows[0], "") | {"": name, "kind": f"failed: {why}"[:80]} for name, why in document["recorded"]["broken"].items()]

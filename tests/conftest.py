@@ -9,9 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side 
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when they are defined
 
-if not os.path.exists("/dev/nvidia0"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when they are defined
-
 import hypothesis
 import pytest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
+from rfbench.settings import settings
 
 
 @pytest.mark.slow
@@ -19,13 +21,53 @@ def test_the_script_writes_a_record_of_every_part(tmp_path, monkeypatch):
     assert ended.value.code == 0
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
-    assert found["small"] and set(found["parts"]) == {"kernels", "ladder"} and all(part["ok"] for part in found["parts"].values())
+    assert (
+        found["small"] and set(found["parts"]) == {"kernels", "questions", "ladder", "stream"} and all(part["ok"] for part in found["parts"].values())
+    )
     assert "passed" in found["parts"]["kernels"]["result"]
     assert [rung["name"] for rung in found["parts"]["ladder"]["result"]["rungs"]][:2] == ["naive", "slots"]
 
 
-def test_a_part_that_fails_is_noted_and_the_next_one_is_done():
-    parts: dict[str, Any] = {}
-    assert not gpu.tried(parts, "bad", lambda: 1 / 0)
-    assert gpu.tried(parts, "good", lambda: 2)
-    assert "ZeroDivisionError" in parts["bad"]["error"] and parts["good"]["result"] == 2
+def test_what_a_part_does_is_noted_however_it_ends():
+    def told(program: str, limit: float = 60.0) -> dict[str, Any]:
+        found = gpu.alone([sys.executable, "-c", program], limit)
+        assert found.pop("seconds") >= 0
+        return found
+
+    assert told("print('talk'); print('[1, 2]')") == {"result": [1, 2], "ok": True}
+    assert told("1 / 0") == {"error": "exit 1: ZeroDivisionError: division by zero", "ok": False} | told("1 / 0")
+    assert "ZeroDivisionError" in told("1 / 0")["error"]
+    assert told("print(3); raise SystemExit('half of it')") == {"result": 3, "error": "exit 1: half of it", "ok": False}
+    assert told("import os; os.abort()")["error"].startswith("exit -6")
+    assert told("import time; time.sleep(60)", 0.5) == {"error": "took longer than 0.5 s", "ok": False}
+
+
+def test_a_record_is_there_after_every_part(tmp_path, monkeypatch):
+    """Also when the last one takes everything with it."""
+    seen = list[list[str]]()
+
+    def alone(command: list[str], limit: float) -> dict[str, Any]:
+        for path in tmp_path.iterdir():
+            seen.append(list(json.loads(path.read_text())["parts"]))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"result": command[4], "ok": True, "seconds": 0.0}
+
+    monkeypatch.setattr(gpu, "alone", alone)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--small", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    assert seen == [["kernels"], ["kernels", "questions"], ["kernels", "questions", "ladder"]]
+    assert sum(limit for _, limit in gpu.PARTS.values()) < 480
+
+
+def test_kernels_and_graphs_are_asked_for_and_nothing_else_is_changed(tmp_path, monkeypatch):
+    path = tmp_path / "rfbench.toml"
+    path.write_text('[paths]\nruns = "r"\n[fast]\nattention = "math"\n[fast.shortcuts]\njoint = false\n[hardware.a]\ntitle = "A"\nmatch = "a"\n')
+    monkeypatch.setenv("RFBENCH_TOML", str(path))
+    before = settings()
+    with gpu.everything():
+        inside = settings()
+    assert inside.fast.shortcuts.kernels and inside.fast.shortcuts.graphs
+    assert dataclasses.replace(inside, fast=before.fast) == before == settings() and inside.fast.attention == "math"
+    assert list(tmp_path.iterdir()) == [path]

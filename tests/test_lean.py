@@ -27,6 +27,7 @@ NONE = Shortcuts(**dict.fromkeys(NAMES, False))
 HERE = module.usable(torch.device("cpu"))
 CASES = [NONE, *(replace(NONE, **{name: True}) for name in HERE), Shortcuts()]
 TEXT = normal(2, 8, 16, seed=1)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def made(cfg: DiTCfg = CFG, dtype: torch.dtype = torch.float32) -> WanDiT:
@@ -161,9 +162,10 @@ def test_what_is_not_asked_for_is_taken_where_it_is_possible(as_on_a_gpu: None) 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is for a GPU alone is taken here too: kernels by Triton's interpreter, recordings by remembering the function."""
+    """What is for a GPU alone is taken here too: without one, kernels by Triton's interpreter, recordings by remembering the function."""
     monkeypatch.setattr(module, "ON", {})
-    monkeypatch.setattr(graphs, "Cuda", lambda: remembered)
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(graphs, "Cuda", lambda: remembered)
 
 
 def remembered(work: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
@@ -173,7 +175,7 @@ def remembered(work: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]
 def clips(cfg: SamplerCfg, lean: LeanDiT, tiny: Tiny, latents: int, prompts: str) -> Tensor:
     """Clips one after the other, so that the second finds what the first has left."""
     made = [
-        [chunk.latent_BFCHW for chunk in stream(tiny, tiny.encode_text([prompt]), latents, cfg, clip_noise(tiny, [seed]), lean=lean)]
+        [chunk.latent_BFCHW for chunk in stream(tiny, tiny.encode_text([prompt]).to(DEVICE), latents, cfg, clip_noise(tiny, [seed]), lean=lean)]
         for seed, prompt in enumerate(prompts)
     ]
     return torch.cat([chunk for clip in made for chunk in clip], 1)
@@ -182,7 +184,7 @@ def clips(cfg: SamplerCfg, lean: LeanDiT, tiny: Tiny, latents: int, prompts: str
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["ema_sink", "window"])
 def test_recorded_passes_make_the_same_clips(name: str, joint: bool, as_on_a_gpu: None) -> None:
-    tiny = Tiny()
+    tiny = Tiny().to(DEVICE)
     caches = {
         "ema_sink": CacheCfg("ema_sink", window=7, sink=2, alpha=0.9, fold_dtype="float32"),
         "window": CacheCfg("window", window=6, rope="absolute"),
@@ -199,7 +201,7 @@ def test_recorded_passes_make_the_same_clips(name: str, joint: bool, as_on_a_gpu
 
 def test_a_pass_of_kernels_is_the_plain_one(as_on_a_gpu: None) -> None:
     pytest.importorskip("triton", reason="there is no triton; pip install triton")
-    tiny = Tiny(height=2, width=4)
+    tiny = Tiny(height=2, width=4).to(DEVICE)
     cfg = SamplerCfg((1000,), 5.0, chunk=1, cache=CacheCfg("static_sink", window=2, sink=1))
     lean = LeanDiT(tiny.denoiser, replace(NONE, merged=True, kernels=True, joint=True, context=True))
     assert lean.kernels is not None

@@ -169,3 +169,27 @@ def test_without_a_clean_pass_later_chunks_look_back_at_the_last_step(backbone, 
     lean = LeanDiT(backbone.denoiser, Shortcuts(joint=False))
     made = stream(backbone, text, 12, dataclasses.replace(cfg, context="clean"), clip_noise(backbone, [0]), lean=lean)
     assert distance(bare, torch.cat([c.latent_BFCHW for c in made], 1)) < 1e-6
+
+
+def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypatch):
+    """At the first clip or later on; rung 0 must not, and without anybody to name it to no rung may."""
+    monkeypatch.setattr(ladder, "ENOUGH", 2)
+    cfg, calls = student(), list[int]()
+
+    def fails(*given):
+        raise RuntimeError("no such instruction")
+
+    def fails_later(*given):
+        calls.append(1)
+        return (fails if len(calls) > 1 else ladder.reference)(*given)
+
+    runs = {"naive": ladder.reference, "bad": fails, "worse": fails_later, "good": ladder.streamed(Shortcuts())}
+    ways = [ladder.Way(name, "exact", run, backbone, cfg, None) for name, run in runs.items()]
+    broken, rows = dict[str, str](), list[dict[str, Any]]()
+    found = ladder.climb("a red disc moves right", ways, chunks=5, turns=2, peak=None, keep=rows.append, broken=broken)
+    assert [rung.name for rung in found] == ["naive", "good"] and found[1].exact
+    assert broken == dict.fromkeys(["bad", "worse"], "RuntimeError: no such instruction")
+    assert [(row["rung"], row["turn"], len(row["seconds"])) for row in rows] == [(name, turn, 2) for turn in (0, 1) for name in ("naive", "good")]
+    for steps in ([ways[1]], ways[:2]):
+        with pytest.raises(RuntimeError, match="no such instruction"):
+            ladder.climb("a red disc moves right", steps, chunks=5, turns=1, peak=None, broken={} if len(steps) == 1 else None)

@@ -84,7 +84,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             tensors if name == "teacher" else {"generator": {f"model.{key}": value for key, value in tensors.items()}}, tmp_path / f"{name}.pt"
         )
     assert isinstance(made, wan.WanBackbone) and isinstance(made.text, wan.RandomText)
-    encoder = made.text._encoder.state_dict()
+    encoder = made.text.encoder(torch.device("cpu")).state_dict()
     torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / wan.TEXT.file)
     torch.save(made.vae.state_dict(), folder / wan.VAE.file)
     (tmp_path / "prompts.txt").write_text("a red kite\na kite\nred\n")

@@ -7,7 +7,6 @@ Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, T
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -187,20 +186,24 @@ class RandomText:
 
     def __init__(self, cfg: UMT5Cfg, dtype: torch.dtype, seed: int) -> None:
         self.cfg, self.dtype, self.seed = cfg, dtype, seed
+        self._drawn: Any = None
 
-    @functools.cached_property
-    def _encoder(self) -> Any:
+    def encoder(self, device: torch.device) -> Any:
+        """Drawn on its device: billions of numbers take a second there, and a minute on the host."""
+        if self._drawn is not None:
+            return self._drawn.to(device)
         encoder = empty_encoder(self.cfg).to(self.dtype)
-        draw(encoder, torch.Generator().manual_seed(self.seed))
+        draw(encoder, torch.Generator(device).manual_seed(self.seed))
         encoder.encoder.set_input_embeddings(encoder.shared)
-        return encoder.requires_grad_(False).eval()
+        self._drawn = encoder.requires_grad_(False).eval()
+        return self._drawn
 
     def encode(self, prompts: Sequence[str], *, device: torch.device | str) -> Tensor:
         text_BLE = torch.zeros(len(prompts), self.cfg.text_len, self.cfg.dim, dtype=self.dtype, device=device)
         for text_LE, prompt in zip(text_BLE, prompts, strict=True):
             words = clean(prompt).split()[: self.cfg.text_len - 1]
             ids = [int(hashlib.sha256(word.encode()).hexdigest(), 16) % (self.cfg.vocab - 2) + 2 for word in words]
-            text_LE[: len(ids) + 1] = embed(self._encoder.to(device), [*ids, 1])
+            text_LE[: len(ids) + 1] = embed(self.encoder(torch.device(device)), [*ids, 1])
         return text_BLE
 
     def remember(self, prompts: Sequence[str], *, device: torch.device | str) -> None:
@@ -209,7 +212,7 @@ class RandomText:
 
 def draw(module: nn.Module, rng: torch.Generator) -> None:
     """Random weights in place of those on `meta`: matrices at a scale that keeps signals as large as they come in, gains of one, no biases."""
-    module.to_empty(device="cpu")
+    module.to_empty(device=rng.device)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and parameter[0].numel() > 1:
             fan_in = math.prod(parameter.shape[1:]) if parameter.ndim != 3 else parameter.shape[-1]  # three axes: a table of modulation
