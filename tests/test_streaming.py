@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 from typing import Any, cast
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfbench import flops, hardware, ladder
 from rfbench.backbones.base import Backbone
@@ -16,7 +19,7 @@ from rfbench.config import CacheCfg, SamplerCfg
 from rfbench.naive import naive, possible
 from rfbench.sampler import clip_noise, stream
 from tests import models
-from tests.tiny import distance
+from tests.tiny import Tiny, distance
 
 LATENTS = 18  # six chunks: with a window of nine frames, three of them evict
 
@@ -193,3 +196,44 @@ def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypat
     for steps in ([ways[1]], ways[:2]):
         with pytest.raises(RuntimeError, match="no such instruction"):
             ladder.climb("a red disc moves right", steps, chunks=5, turns=1, peak=None, broken={} if len(steps) == 1 else None)
+
+
+class Counted(TorchDispatchMode):
+    """How many operations there were and how many numbers they made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = [0, 0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.total[0] += 1
+        self.total[1] += made.numel() if isinstance(made, torch.Tensor) else 0
+        return made
+
+
+def alive() -> int:
+    """Bytes of all tensors that somebody holds."""
+    gc.collect()
+    stores = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor}
+    return sum(stores.values())
+
+
+@pytest.mark.parametrize("name", ["ema_sink", "window"])
+def test_work_and_memory_of_a_chunk_are_the_same_over_seven_hundred(name: str) -> None:
+    """Not about time, which a busy machine takes as it likes: operations, what they make, and what is kept. `profile --chunks 700` measures time."""
+    caches = {
+        "ema_sink": CacheCfg("ema_sink", window=4, sink=1, alpha=0.9, fold_dtype="float32"),
+        "window": CacheCfg("window", window=3, rope="absolute"),
+    }
+    tiny, cfg = Tiny(height=2, width=2), SamplerCfg((1000,), 5.0, chunk=1, cache=caches[name])
+    made = stream(tiny, tiny.encode_text(["a"]), 700, cfg, clip_noise(tiny, [0]), lean=LeanDiT(tiny.denoiser, Shortcuts(untracked=False)))
+    work, held = dict[int, list[int]](), dict[int, int]()
+    for index in range(700):
+        looked = index % 300 >= 90 and index % 300 < 97  # in three places, once all rotations that are remembered at a time are there
+        with Counted() if looked else contextlib.nullcontext() as counted:
+            next(made)
+        if counted is not None:
+            work[index], held[index] = counted.total, alive() if index % 300 == 96 else 0
+    assert len(work) == 21 and all(work[index] == work[index % 300] for index in work)  # 300 is a multiple of the places that frames go to in turn
+    assert len({size for size in held.values() if size}) == 1

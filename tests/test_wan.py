@@ -84,7 +84,7 @@ def test_files_in_the_original_layouts_make_the_pixels_of_the_parts_by_hand(file
     ids = [3, 4, 5, 1]
     text = torch.zeros(1, 32, 64)
     with torch.no_grad():
-        text[0, :4] = files.text._encoder(torch.tensor([ids])).last_hidden_state[0]
+        text[0, :4] = files.text.encoder(torch.device("cpu"))(torch.tensor([ids])).last_hidden_state[0]
         assert distance(opened.encode_text(["a red  kite"]), text) < 1e-6
         rng = torch.Generator().manual_seed(5)
         chunks = stream(files, text, 6, STUDENT, lambda frames: torch.randn(1, frames, 16, 8, 12, generator=rng))
