@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from rfbench import baselines, external, fetch, hardware, profiling, published, records, strict, studies, timing
+from rfbench import baselines, external, fetch, hardware, profiling, published, records, strict, studies, suites, timing
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, External
 from rfbench.errors import UserError
@@ -223,6 +223,8 @@ def _downloads(plan: Plan) -> Iterator[Download]:
         for item in fetch.items_of_recipe(training.cfg):
             which = f"--include '{item.file}'" if item.several else item.file
             want([item], training.name.partition("/")[2], f"hf download {item.repo} {which} --local-dir {settings().weights / item.repo}")
+    for suite in dict.fromkeys(name for member in plan.members for name in member.suites):
+        want(fetch.items_of_suite(suite), suite, f"rfbench fetch {suites.split(suite)[0]}")
     for scorer in plan.study.scorers:
         want(fetch.items_of_scorer(scorer), scorer, f"rfbench fetch {scorer}")
     for item, (who, command) in wanted.items():

@@ -39,6 +39,8 @@ def test_table_1_without_weights_or_prompts(folders):
     assert "rfbench env magi-1" in told and "rfbench env vbench" in told and "rfbench fetch wan/reward-forcing" in told
     self_forcing = [one for one in found.downloads if one.repo == "gdhe17/Self-Forcing"]
     assert [one.bytes for one in self_forcing] == [5676252553]
+    lists = [one for one in found.downloads if one.repo == "guandeh17/Self-Forcing"]
+    assert [(one.file, one.command) for one in lists] == [("prompts/vbench/all_dimension_extended.txt", "rfbench fetch vbench-forcing")]
     encoder = [one for one in found.downloads if one.file == "models_t5_umt5-xxl-enc-bf16.pth"]
     assert len(encoder) == 1 and {"reward-forcing", "skyreels-v2"} <= set(encoder[0].for_)
     assert found.download_bytes == sum(one.bytes or 0 for one in found.downloads) > 11361920418 + 5676252553
