@@ -329,6 +329,20 @@ def test_a_long_video_is_the_mean_of_its_clips_and_its_drift_is_over_them(tmp_pa
     assert found["clips"] == found["asked"] == 2
 
 
+def test_drift_of_any_long_video_needs_two_networks_alone(tmp_path, monkeypatch):
+    """The toy world's drift refuses such clips and says whose it is."""
+    monkeypatch.setenv("FAKE_LACKS", "scene")
+    (tmp_path / "mine.jsonl").write_text('{"text": "Petra at dawn"}')
+    run = made(tmp_path / "run", suites.load_suite(str(tmp_path / "mine.jsonl")), frames=lambda clip: 100)
+    evaluate(run, ["vbench-drift"])
+    told = {s.metric: s.value for s in records.read_rows(run / "scores" / "vbench-drift.jsonl", records.Score)}
+    assert set(told) == {"imaging_quality", "drift", "dynamic_degree", "dynamic_degree_whole"} == set(scorer.DRIFT_ALONE.metrics)
+    mine = [json.loads(line) for line in lines(run / "scores" / "vbench-drift" / "rows.jsonl")]
+    assert told["drift"] == pytest.approx(statistics.stdev(100 * row["value"] for row in mine if row["dimension"] == "imaging_quality"))
+    with pytest.raises(UserError, match=r"is not of the toy world: .*; -s vbench-drift is for any video"):
+        evaluate(run, ["drift"])
+
+
 def test_between_clips_the_first_frames_are_compared(tmp_path):
     """Their consistency is a metric of its own, and stands beside that within clips; a video of one clip has none."""
     run = made(tmp_path / "run", suites.load_suite("smoke"), frames=lambda clip: 100 if clip.prompt_id == 0 else 32)

@@ -33,6 +33,7 @@ SCORERS = {
     "videoreward-as-released": "rfbench.scorers.videoreward:RELEASED",
     "vbench": "rfbench.scorers.vbench:SCORER",
     "vbench-quality": "rfbench.scorers.vbench:QUALITY",
+    "vbench-drift": "rfbench.scorers.vbench:DRIFT_ALONE",
     "vbench-compat": "rfbench.scorers.vbench:COMPAT",
     "vbench-random": "rfbench.scorers.vbench:REHEARSAL",
     "vbench-long": "rfbench.scorers.vbench:LONG",

@@ -1,6 +1,6 @@
-"""Imaging quality over time: how clean the pictures are, and how far that wanders from one two-second piece to the next.
+"""Imaging quality over time in the toy world: how clean the pictures are, and how far that wanders from one two-second piece to the next.
 
-The paper (supplement S3) takes the spread of VBench's imaging quality over 2 s clips. Its printed formula lacks the square
+The paper (supplement S3) takes the spread of VBench's imaging quality over 2 s clips, as `vbench-drift` does. Its printed formula lacks the square
 and is identically zero; its text says standard deviation, so this is the sample standard deviation with M - 1.
 """
 
@@ -46,4 +46,5 @@ SCORER = SpriteScorer(
         "quality_change": Metric(True, "points", "Imaging quality of the last five seconds less that of the first five."),
     },
     measure=measure,
+    elsewhere="vbench-drift",
 )

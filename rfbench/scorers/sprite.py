@@ -71,6 +71,7 @@ class SpriteScorer:
     version: str
     metrics: Mapping[str, Metric]
     measure: Callable[[Clip, Track], Iterator[Score]]
+    elsewhere: str = ""  # the scorer of the same for other videos
     weights: Mapping[str, str] = field(default_factory=dict)
     together: bool = False
 
@@ -81,7 +82,8 @@ class SpriteScorer:
             try:
                 world.parse(clip.prompt)
             except UserError as error:
-                raise ClipError(f"clip {clip.id} is not of the toy world: {error}") from None
+                hint = f"; -s {self.elsewhere} is for any video" if self.elsewhere else ""
+                raise ClipError(f"clip {clip.id} is not of the toy world: {error}{hint}") from None
             verify_video(out, clip)  # at each call: the kept track must not outlive the file
             return self.measure(clip, _track_of(out.resolve(), clip))
 

@@ -113,7 +113,8 @@ class VBench:
         if set(T2V.dimensions) <= set(self.dimensions):
             found |= {name: Metric(True, "%", text) for name, text in TOTALS.items()}
         if self.cut is not None:
-            found |= {name: Metric(True, "%", f"{TEXTS[of][:-1]}, of the first frames of a video's clips.") for name, of in BETWEEN.items()}
+            told = {name: f"{TEXTS[of][:-1]}, of the first frames of a video's clips." for name, of in BETWEEN.items() if of in found}
+            found |= {name: Metric(True, "%", text) for name, text in told.items()}
             found[WHOLE] = Metric(True, "%", "Videos that are dynamic as a whole; dynamic_degree is the mean over their clips.")
             found[DRIFT] = Metric(False, "points", "Standard deviation of imaging quality over the 2 s clips of a video.")
         if self.random is not None:
@@ -366,4 +367,5 @@ QUALITY = VBench("vbench-quality", tuple(name for name, one in T2V.dimensions.it
 COMPAT = VBench("vbench-compat", ALL, driver="official", compat=True)
 REHEARSAL = VBench("vbench-random", ALL, random=0)
 LONG = VBench("vbench-long", ALL, cut="2s")
+DRIFT_ALONE = VBench("vbench-drift", ("imaging_quality", "dynamic_degree"), cut="2s")  # the paper's supplement S3, of any long video
 LONG_COMPAT = VBench("vbench-long-compat", ALL, driver="official", cut="longest", compat=True)
