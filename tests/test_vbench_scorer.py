@@ -102,7 +102,7 @@ def test_a_report_has_the_totals_of_a_whole_run_and_none_of_a_part(tmp_path):
     (row,), (suite,) = board.rows, board.suites
     for name, value in wanted.items():
         cell = board.cells[row.name, suite, f"vbench.{name}"]
-        assert cell.value == value and cell.low is None and cell.reason == "one number of all clips, without an interval"
+        assert cell.value == pytest.approx(value) and cell.low < value < cell.high, "over prompts"
     ((place, text),) = checking.condensed(board).items()
     records.write_text(tmp_path / "records" / place, text)
     again = leaderboard.read_runs([tmp_path / "records" / place])
