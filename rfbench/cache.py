@@ -9,6 +9,8 @@ Shapes: B batch, S tokens of the new frames, K tokens of all attended frames, N 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -263,6 +265,18 @@ class KVCache:
         past_k, past_v = self._past(layer, first)
         nothing = [torch.zeros_like(keys[:, : self.tokens])] * self._empty()
         return queries, torch.cat([*past_k, keys, *nothing], 1), torch.cat([*past_v, v_BSHD, *nothing], 1)
+
+    def kept(self, layer: int) -> KVCache:
+        """What one layer reads now, of the chunk in work, to be read again when the cache has moved on: no more than that is copied and held."""
+        past, then = self.held[: len(self.held) - self.chunk], copy.copy(self)
+        for name in ("rotated", "values"):
+            buffer = getattr(self, name)[layer]
+            setattr(then, name, [torch.cat([buffer[:, :0], *self._read(buffer, past)], 1)] * self.shape.layers)
+        then.raw, then.sinks, then.before, then.move = [], [], View(torch.empty(0), [], torch.empty(0), (), []), Move()
+        then.view = dataclasses.replace(self.view, targets=[], seen=[])
+        then.held = list(range(len(self.held)))
+        then.traces = {place: self.traces[slot] for place, slot in enumerate(self.held) if slot in self.traces}
+        return then
 
     def put(self, layer: int, qk_BS2HD: Tensor, v_BSHD: Tensor, view: View, *, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
         """As `extend`, without gradients: raw queries and keys in one tensor, for the chunk in work or the one before it.

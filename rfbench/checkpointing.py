@@ -5,7 +5,6 @@ By the time of the backward pass a cache has moved on. What a block read from it
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -22,21 +21,12 @@ class Reread:
     """A cache as one block reads it: the first time as it is, later as it was then."""
 
     def __init__(self, cache: KVCache, layer: int) -> None:
-        self.now, self.first = cache, True
-        self.then = copy.copy(cache)
-        self.then.rotated = _only(cache.rotated, layer)
-        self.then.values = _only(cache.values, layer)
-        self.then.traces = dict(cache.traces)
+        self.next, self.then = cache, cache.kept(layer)
 
     def extend(self, layer: int, q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `KVCache.extend`."""
-        cache, self.first = (self.now if self.first else self.then), False
+        cache, self.next = self.next, self.then  # lets go of the cache itself
         return cache.extend(layer, q_BSHD, k_BSHD, v_BSHD)
-
-
-def _only(buffers: list[Tensor], layer: int) -> list[Tensor]:
-    """A copy of one layer's buffer among the others themselves, which that layer does not read."""
-    return [buffer.clone() if number == layer else buffer for number, buffer in enumerate(buffers)]
 
 
 def checkpointed(model: WanDiT) -> None:

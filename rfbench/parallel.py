@@ -135,7 +135,7 @@ class Ranks:
         Raises:
             UserError: it has weights of several dtypes.
         """
-        if self.mesh is None:
+        if self.mesh is None or self.size == 1:
             module.to(device())
             return
         dtypes = {weight.dtype for weight in module.parameters()}

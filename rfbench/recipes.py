@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rfbench import strict
 from rfbench.backbones.base import open_backbone
-from rfbench.config import PrecisionCfg, Recipe, WeightsCfg
+from rfbench.config import Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
 from rfbench.records import sha256_of
@@ -142,51 +140,6 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
             f"{settings().weights}, in a folder of its repository's name"
         )
     return found
-
-
-def memory(cfg: Recipe, *, share: int = 1, offload: bool = False) -> dict[str, int]:
-    """Bytes that each network of a recipe takes of a GPU in training, by what is known before anything is loaded.
-
-    A trained weight is stored once, copied in float32 if that is more, and has a gradient and AdamW's two moments in float32; the student's
-    has an average. Activations, autoencoder, text encoder and reward come on top.
-
-    Split over `share` processes, all of that is in float32 and a part of it, and the whole network and its gradient come on top while a step is
-    computed; of a frozen network two blocks are there at a time, and its part is not with `offload`.
-    """
-    precision = cfg.precision or PrecisionCfg()
-
-    def bytes_of(backbone: str, stored: str | None, trained: bool, average: bool = False) -> int:
-        model = open_backbone(backbone, precision=stored).denoiser
-        if model.head.head.weight.is_meta:  # settles its dtypes when weights come in
-            model.store(torch.float32 if stored == "float32" else torch.bfloat16)
-        if (share > 1 or offload) and not trained:
-            blocks = [sum(weight.numel() * weight.element_size() for weight in block.parameters()) for block in model.blocks]
-            whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-            return (0 if offload else whole // share) + whole - sum(blocks) + 2 * max(blocks)
-        sizes = [(weight.numel(), weight.element_size()) for weight in model.parameters()]
-        if share > 1:
-            return sum(count * (16 + 4 * average) // share + 2 * count * size for count, size in sizes)
-        return sum(count * (size + trained * (12 + 4 * (size < 4) + 4 * average)) for count, size in sizes)
-
-    found = {"student": bytes_of(cfg.backbone, precision.student, True, cfg.ema is not None)}
-    if cfg.scores is not None:
-        found["critic"] = bytes_of(cfg.backbone, precision.critic, True)
-        found["teacher"] = bytes_of(cfg.scores.teacher_backbone or cfg.backbone, precision.teacher, False)
-    return found
-
-
-def room(total: int) -> str:
-    """Whether so many bytes fit: on the GPU that is there, else on those that rfbench.toml knows."""
-    if torch.cuda.is_available():
-        sizes = {"this GPU": torch.cuda.get_device_properties(0).total_memory / 2**30}
-    else:
-        sizes = {name: table.memory_gib for name, table in settings().hardware.items() if table.memory_gib is not None}
-    if not sizes:
-        return "whether that fits is not known, as there is no GPU and rfbench.toml has none with 'memory_gib'"
-    left = {name: size - total / 2**30 for name, size in sizes.items()}
-    fits = ", ".join(f"{name} leaves {gib:.1f} GiB" for name, gib in left.items() if gib > 0)
-    short = ", ".join(f"{name} ({sizes[name]:.1f} GiB)" for name, gib in left.items() if gib <= 0)
-    return "; ".join([*([fits] if fits else []), *([f"does not fit {short}"] if short else [])])
 
 
 def _videoreward() -> Path:

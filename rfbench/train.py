@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import config, logbook, outcome, pairs, parallel, provenance, records, resume, strict
+from rfbench import config, logbook, memory, outcome, pairs, parallel, provenance, records, resume, strict
 from rfbench.backbones.base import Backbone, accepts, load, open_backbone, pixel_frames
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
@@ -32,7 +32,7 @@ from rfbench.methods.base import METHODS, Batch, Draws, Method
 from rfbench.parallel import ALONE, Ranks, full, whole
 from rfbench.phases import phase
 from rfbench.progress import Progress, say
-from rfbench.recipes import check, forced, inputs_of, locate, memory, room
+from rfbench.recipes import check, forced, inputs_of, locate
 from rfbench.registry import pick
 from rfbench.sampler import generate
 from rfbench.settings import settings
@@ -40,7 +40,6 @@ from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
 from rfbench.weights import Ema
 
-BESIDE = "not counted, so room for them has to be left: activations, autoencoder, reward, and the text encoder until prompts are embedded"
 EXPLODED = 1e4  # times the norm that gradients are clipped to: nothing is learned from such a step, and the weights may be lost
 
 
@@ -80,11 +79,8 @@ def train(
         name = name or config.name_of(recipe)
         directory = settings().runs / "train" / name
         if dry_run:
-            plan = memory(cfg, share=planned, offload=offload)
-            each = ", ".join(f"{role} {size / 2**30:.1f} GiB" for role, size in plan.items())
-            total = sum(plan.values())
-            over = f" of a GPU, networks split over {planned}" if planned > 1 else ""
-            say(f"memory{over}: {each}; {total / 2**30:.1f} GiB in all; {room(total)}; {BESIDE}")
+            clips, parts = clips_of(cfg)
+            say(memory.sentence(cfg, max(1, clips // math.lcm(parts, planned)), share=planned, offload=offload))
         sources = locate(cfg, path)
         if not dry_run:
             _train(cfg, name, directory, sources, ranks, fresh=fresh, tracker=tracker)
@@ -279,8 +275,6 @@ class Trainer:
                 phase("backward")
                 for loss in losses.values():
                     (loss / len(own) / (cfg.accumulate if released else 1)).backward()
-                for role in turns:
-                    self.updaters[role].gather()
                 for key, value in seen.items():
                     stats.setdefault(key, []).append(value.detach().double().cpu())
             phase("communication")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ class Updater:
     """The optimiser state of one network.
 
     What is stored in less than float32 has a copy in float32: `masters`, which are the weights themselves where nothing is gained.
-    Gradients of micro-batches are added up for the copies, the optimisers step on them, and every step is rounded anew.
+    Gradients are added up for the copies as soon as a backward pass leaves one, the optimisers step on them, and every step is rounded anew.
     """
 
     def __init__(self, module: nn.Module, cfg: OptimCfg) -> None:
@@ -26,14 +27,9 @@ class Updater:
         self.names, self.weights = [name for name, _ in named], [weight for _, weight in named]
         self.masters = [weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()) for weight in self.weights]
         self.optimisers = optimisers([(name, master) for (name, _), master in zip(named, self.masters, strict=True)], cfg)
-        self.steps = 0  # taken
-
-    def gather(self) -> None:
-        """Add what the last backward pass left at the weights to the copies' gradients."""
         for weight, master in self._copied():
-            if weight.grad is not None:
-                master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
-                weight.grad = None
+            weight.register_post_accumulate_grad_hook(functools.partial(_gather, master))
+        self.steps = 0  # taken
 
     def scale(self, factor: float) -> None:
         """Scale the gathered gradients, as if the loss had been scaled."""
@@ -105,6 +101,13 @@ class Updater:
 
     def _copied(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [(weight, master) for weight, master in zip(self.weights, self.masters, strict=True) if weight is not master]
+
+
+def _gather(master: nn.Parameter, weight: Tensor) -> None:
+    """Add a weight's gradient to its copy's, and let go of it."""
+    assert weight.grad is not None
+    master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+    weight.grad = None
 
 
 def optimisers(named: list[tuple[str, nn.Parameter]], cfg: OptimCfg) -> list[torch.optim.Optimizer]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rfbench import anatomy, flops, records
 from rfbench.anatomy import Arithmetic, Step, summary
 from rfbench.errors import UserError
-from rfbench.recipes import memory
+from rfbench.memory import held
 from tests.test_train import EMA, FORCED, recipe, tiny, write
 from tests.tiny import CFG, Tiny, normal
 
@@ -72,7 +72,7 @@ def test_a_step_is_taken_apart(more: dict[str, object], random_weights: bool, tm
 
 def test_what_roles_hold_is_as_planned_but_for_gradients(tmp_path: Path) -> None:
     path = write(tmp_path, "dmd", **EMA | {"ema": {"decay": 0.5}})
-    found, planned = anatomy.document(anatomy.profile(path, name="x", repeats=1))["held"], memory(recipe(tmp_path, "dmd", **EMA))
+    found, planned = anatomy.document(anatomy.profile(path, name="x", repeats=1))["held"], held(recipe(tmp_path, "dmd", **EMA))
     weights = list(Tiny().denoiser.parameters())
     gradients, counts = 4 * sum(weight.numel() for weight in weights), 4 * len(weights)
     for role, called in (("student", "generator"), ("critic", "critic")):

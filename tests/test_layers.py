@@ -38,7 +38,7 @@ LAYERS = [
         "external",
     },
     {"methods", "scorers", "timing", "length", "recipes", "updates", "resume", "outcome"},
-    {"pairs", "stopwatch", "ladder", "load", "logbook"},
+    {"pairs", "stopwatch", "ladder", "load", "logbook", "memory"},
     {
         "fetch",
         "train",

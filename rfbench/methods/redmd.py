@@ -27,7 +27,8 @@ class ReDmd(Dmd):
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         phase("decode")
-        pixels = self.student.decoder()(video_BFCHW)
+        decode = self.student.decoder()
+        pixels = torch.cat([decode(frame) for frame in video_BFCHW.split(1, dim=1)], 1)  # all at once takes more memory than all else in this phase
         phase("reward")
         reward_B = self.reward(pixels, prompts).to(video_BFCHW.device, torch.float64)
         if reward_B.shape != (len(prompts),):

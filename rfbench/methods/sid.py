@@ -21,12 +21,17 @@ class Sid(Dmd):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of (real - fake) ((real - video) - alpha (real - fake)) over the mean of |video - real|, of each clip: [B]."""
         assert self.cfg.sid_alpha is not None
-        self.critic.requires_grad_(False)  # its own turn is its own loss: nothing of this one may reach its weights
-        real, fake = self.scores(video_BFCHW, noise_BFCHW, t_B, text_BLE)
-        self.critic.requires_grad_(True)
-        error = identity_error(video_BFCHW.double(), real.double(), fake.double(), self.cfg.sid_alpha).mean((2, 3, 4))
+        leaf = video_BFCHW.detach().requires_grad_()
+        self.critic.requires_grad_(
+            False
+        )  # its own turn is its own loss: nothing of this one may reach its weights, nor may blocks be recomputed later
+        real, fake = self.scores(leaf, noise_BFCHW, t_B, text_BLE)
+        error = identity_error(leaf.double(), real.double(), fake.double(), self.cfg.sid_alpha).mean((2, 3, 4))
         loss_B = error.mean(1) if mask_BF is None else (error * mask_BF).sum(1) / mask_BF.sum(1)
-        return loss_B, {"score_difference": (real - fake).detach().abs().mean((1, 2, 3, 4))}
+        (gradient,) = torch.autograd.grad(loss_B.sum(), leaf)
+        self.critic.requires_grad_(True)
+        linear_B = ((video_BFCHW - leaf.detach()) * gradient).sum((1, 2, 3, 4))  # 0, with the loss's derivative
+        return loss_B.detach() + linear_B, {"score_difference": (real - fake).detach().abs().mean((1, 2, 3, 4))}
 
 
 def identity_error(video_BFCHW: Tensor, real_BFCHW: Tensor, fake_BFCHW: Tensor, alpha: float) -> Tensor:

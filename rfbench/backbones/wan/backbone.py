@@ -121,6 +121,10 @@ class WanBackbone(nn.Module):
             self.denoiser = WanDiT(self.member.dit)
             self.vae: WanVAE | WanVAE22 = WanVAE22(member.vae) if isinstance(member.vae, VAE22Cfg) else WanVAE(member.vae)
             self.tiny = TinyVAE(member.dit.in_dim) if decoder == "tiny" else None
+        self.denoiser.store(self.dtype)  # while nothing takes memory yet: tensors are converted one by one as they come in
+        self.vae.to(self.vae_dtype)
+        if self.tiny is not None:
+            self.tiny.to(self.vae_dtype)
         self.text: TextEncoder | None = None
 
     def parts(self) -> dict[str, WeightsCfg]:
@@ -133,7 +137,6 @@ class WanBackbone(nn.Module):
         Raises:
             UserError: some are of another model, or their file is corrupt.
         """
-        self._store()
         load_into(self.denoiser, tensors, where=where)
         self.vae.load(read_tensors(parts["vae"], self._vae_file), parts["vae"])
         if self.tiny is not None:
@@ -143,19 +146,11 @@ class WanBackbone(nn.Module):
 
     def fresh(self, seed: int) -> None:
         """Random weights for every part; prompts are hashed word by word, since there is no tokenizer."""
-        self._store()
         rng = torch.Generator().manual_seed(seed)
         for module in (self.denoiser, self.vae, self.tiny):
             if module is not None:
                 draw(module, rng)
         self.text = RandomText(self.member.text, self.dtype, seed)
-
-    def _store(self) -> None:
-        """Settle dtypes while nothing takes memory yet: tensors are converted one by one as they come in."""
-        self.denoiser.store(self.dtype)
-        self.vae.to(self.vae_dtype)
-        if self.tiny is not None:
-            self.tiny.to(self.vae_dtype)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         assert self.text is not None, "weights are loaded or drawn first"
