@@ -51,7 +51,7 @@ def profiled() -> Iterator[list[int]]:
     most = list[int]()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield most
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profile.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()) if event.name() == "[memory]"]
     most.append(max(itertools.accumulate(sizes)))
 
