@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -130,22 +130,19 @@ class Ranks:
             raise
 
     def split_trained(self, module: nn.Module) -> None:
-        """Move a network that is trained to the device, split: stored in float32, computed with in the dtype that it has now.
-
-        Raises:
-            UserError: it has weights of several dtypes.
-        """
+        """Move a network that is trained to the device, split: stored in float32, each part computed with in the dtype that it has now."""
         if self.mesh is None or self.size == 1:
             module.to(device())
             return
-        dtypes = {weight.dtype for weight in module.parameters()}
-        if len(dtypes) > 1:
-            raise UserError("a network that is trained in 'mixed' precision can't be split; set its 'precision' to bfloat16 or float32")
-        policy = MixedPrecisionPolicy(param_dtype=dtypes.pop(), reduce_dtype=torch.float32, cast_forward_inputs=False)  # t is float64
         for unit in _called(module):
+            low = {part: next(part.parameters()).dtype for part in _low(unit)}
             unit.float()
-            fully_shard(unit, mesh=self.mesh, reshard_after_forward=False, mp_policy=policy)
-            cast(FSDPModule, unit).set_reshard_after_backward(False)
+            for part, dtype in (low | {unit: low.get(unit, torch.float32)}).items():
+                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # t is float64
+                fully_shard(part, mesh=self.mesh, reshard_after_forward=False, mp_policy=policy)
+                cast(FSDPModule, part).set_reshard_after_backward(False)
+            if isinstance(unit, WanDiT):
+                register_fsdp_forward_method(unit, "text_kv")  # a stream begins with it, and the first to be called has to be the whole
         module.to(device())
 
     def split_frozen(self, module: WanDiT) -> None:
@@ -166,6 +163,14 @@ def _called(module: nn.Module) -> list[nn.Module]:
     if type(module).forward is not nn.Module.forward:
         return [module]
     return [unit for child in module.children() if next(child.parameters(), None) is not None for unit in _called(child)]
+
+
+def _low(module: nn.Module) -> list[nn.Module]:
+    """The largest parts of a network none of whose weights is in float32."""
+    dtypes = {weight.dtype for weight in module.parameters()}
+    if torch.float32 not in dtypes:
+        return [module] if dtypes else []
+    return [part for child in module.children() for part in _low(child)]
 
 
 @contextlib.contextmanager

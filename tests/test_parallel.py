@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -16,16 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from rfbench.backbones.base import BACKBONES
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS, Batch
+from rfbench.outcome import WEIGHTS as OUT
 from rfbench.parallel import Ranks, joined
 from rfbench.records import read_run
 from rfbench.registry import pick
 from rfbench.settings import HOME, settings
 from rfbench.train import train
 from tests.ranks import launched
-from tests.test_train import EMA, OPTIM, Interrupted, interrupt, tiny, write
-from tests.tiny import distance
+from tests.test_train import EMA, OPTIM, SCORES, Interrupted, interrupt, tiny, write
+from tests.tiny import CFG, Tiny, distance
 
 __all__ = ["tiny"]  # a fixture
 FEW = EMA | {"optim": OPTIM | {"betas": [0.9, 0.999]}, "steps": 4, "batch": 4, "log_every": 1, "checkpoint_every": 2}
@@ -58,6 +61,28 @@ def test_many_processes_train_as_one(method: str, accumulate: int, size: int, lo
     assert read_run(run_of("many")).result == read_run(alone).result
     assert sorted(path.name for path in run_of("many").iterdir()) == sorted(path.name for path in alone.iterdir())
     assert "many: 4/4" in ends[0].said and not any("many:" in end.said for end in ends[1:])
+
+
+class Mixed(Tiny):
+    """Computes in bfloat16, but for its islands, as full-size networks in `mixed` precision do."""
+
+    def __init__(self) -> None:
+        super().__init__(dataclasses.replace(CFG, islands=True))
+        self.denoiser.store(torch.bfloat16)
+
+
+def test_mixed_precision_is_split_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpointed blocks and gradients through the cache. Weights are rounded to bfloat16 in every step, so equality is that of a few steps."""
+    monkeypatch.setitem(BACKBONES, "mixed", "tests.test_parallel:Mixed")
+    scores = SCORES | {"cache_gradients": "in_place"}
+    path = write(tmp_path, "redmd", **FEW, backbone="mixed", checkpointing=True, accumulate=4, scores=scores)
+    alone = train(path, name="alone")
+    ends = launched(2, lambda: train(path, name="many"), tmp_path / "many")
+    assert [end.code for end in ends] == [0] * 2, ends
+    ours, theirs, start = (load_file(file) for file in (run_of("many") / OUT, alone / OUT, tmp_path / "student.safetensors"))
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    gap, way = (torch.cat([(ours[name] - other[name]).flatten() for name in ours]).norm() for other in (theirs, start))
+    assert gap < 1e-3 * way
 
 
 def test_weights_are_normalised_over_the_whole_batch(tmp_path: Path) -> None:
