@@ -33,8 +33,6 @@ from rfbench.settings import settings
 from rfbench.suites import Prompt, Suite, clip_id, clip_seed
 from rfbench.transfer import to_host
 
-TOKENS = 600  # of a pass, all its clips together: 16 clips of a toy chunk take a third of the time of 16 single ones, and more gain nothing
-
 Item = tuple[Prompt, int]  # a clip to make: its prompt and which sample of it
 
 
@@ -338,9 +336,9 @@ def _intact(directory: Path, own: Path, *, alone: bool) -> dict[str, Clip]:
 
 
 def _batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[Item]) -> list[Sequence[Item]]:
-    """Clips that are made together: as many as fill TOKENS."""
+    """Clips that are made together: as many as have `tokens` of rfbench.toml in a pass."""
     shape = sampler.cache_shape(backbone, 1, latents)
-    size = max(1, TOKENS // ((cfg.chunk or latents) * shape.height * shape.width))
+    size = max(1, settings().fast.tokens // ((cfg.chunk or latents) * shape.height * shape.width))
     return [todo[start : start + size] for start in range(0, len(todo), size)]
 
 

@@ -3,7 +3,8 @@
     runs/batch/<name>/<hardware>/{run.json, trials.jsonl}      `profile --batch 1,2,4`: clips per second against clips made together
     runs/streams/<name>/<hardware>/{run.json, trials.jsonl}    `profile --streams`: the most streams that meet their deadlines
 
-Streams share one model and take turns, a chunk each. All of them begin at once, which is the worst moment for the first chunk.
+Streams share one model, in two ways: they take turns, a chunk each, so that anybody can come and go; or they are made together, a chunk of all
+at a time, which fills a device better, and makes everybody wait for the slowest. All begin at once, the worst moment for the first chunk.
 A number of streams is carried if each of them, in each repetition, has at least TARGET of its frames in time with BUFFER chunks in
 store, and keeps the pace of its video from chunk STEADY on: a store hides for a while that a device is too slow.
 
@@ -30,6 +31,7 @@ from rfbench.timing import CLIP, STEADY, Chunk
 TARGET = 0.99  # of the frames of a stream
 BUFFER = 1  # chunks in store before playing starts, besides the first
 MOST = 256  # streams that are tried
+IN_TURN, TOGETHER = "in turn", "together"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Trial:
     repeat: int
     streams: tuple[tuple[Chunk, ...], ...]  # seconds since all were asked for: the one batch of clips, or each stream; none: out of memory
     peak_bytes: int
+    together: bool = False  # streams: whether a chunk of all was made at a time
 
 
 def largest(carried: Callable[[int], bool], most: int = MOST) -> int:
@@ -74,15 +77,15 @@ def clips_per_second(trial: Trial) -> float:
     return trial.count / trial.streams[0][-1].readable if trial.streams else 0.0
 
 
-def tried(count: int, repeat: int, make: Callable[[], tuple[tuple[Chunk, ...], ...]]) -> Trial:
+def tried(count: int, repeat: int, make: Callable[[], tuple[tuple[Chunk, ...], ...]], *, together: bool = False) -> Trial:
     """A trial, which may be too much for the memory of a GPU."""
     _, peak = stopwatch.meter()
     try:
-        return Trial(count, repeat, make(), peak())
+        return Trial(count, repeat, make(), peak(), together)
     except torch.OutOfMemoryError:
         pass  # only out of here is nothing held any more
     torch.cuda.empty_cache()
-    return Trial(count, repeat, (), peak())
+    return Trial(count, repeat, (), peak(), together)
 
 
 def counts(text: str) -> list[int]:
@@ -138,23 +141,26 @@ def profile(
                 fps=backbone.shape.fps,
             )
 
-            def make(count: int, repeat: int) -> tuple[tuple[Chunk, ...], ...]:
+            def make(count: int, repeat: int, together: bool = False) -> tuple[tuple[Chunk, ...], ...]:
                 texts, seeds = list(itertools.islice(itertools.cycle(prompts), count)), range(repeat, repeat + count)
                 if batches:
                     return (stopwatch.time_clips(backbone, cfg, lean, texts, latents, seeds),)
-                return stopwatch.time_streams(backbone, cfg, lean, texts, chunks, seeds)
+                if together and not repeat:  # a batch of a new size is slow at first
+                    stopwatch.time_streams(backbone, cfg, lean, texts, STEADY + 1, seeds, together=True)
+                return stopwatch.time_streams(backbone, cfg, lean, texts, chunks, seeds, together=together)
 
             for repeat in range(stopwatch.WARM_UPS):
                 make(1, repeat)
             path = directory / "trials.jsonl"
-            there = {(trial.count, trial.repeat): trial for trial in read_trials(directory)}
+            there = {(trial.count, trial.repeat, trial.together): trial for trial in read_trials(directory)}
             with records.appending(path) as append:
 
-                def trial(count: int, repeat: int) -> Trial:
-                    if (count, repeat) not in there:
-                        there[count, repeat] = tried(count, repeat, lambda: make(count, repeat))
-                        append(there[count, repeat])
-                    return there[count, repeat]
+                def trial(count: int, repeat: int, together: bool = False) -> Trial:
+                    key = count, repeat, together
+                    if key not in there:
+                        there[key] = tried(count, repeat, lambda: make(*key), together=together)
+                        append(there[key])
+                    return there[key]
 
                 if batches:
                     for repeat in range(repeats):
@@ -162,8 +168,11 @@ def profile(
                             trial(int(place), repeat)
                 else:
                     fps = backbone.shape.fps
-                    most = largest(lambda count: all(meets(trial(count, repeat), fps) for repeat in range(repeats)))
-                    run.result.update(streams=most)
+                    most = {
+                        how: largest(lambda count, how=how: all(meets(trial(count, repeat, how == TOGETHER), fps) for repeat in range(repeats)))  # type: ignore[misc]
+                        for how in (IN_TURN, TOGETHER)
+                    }
+                    run.result.update(streams=max(most.values()), by=most)
             run.record(hardware={"before": before, "after": hardware.state(device)})
             run.result.update(trials_sha256=records.sha256_of(path))
     return directory
@@ -191,14 +200,18 @@ def document(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds}
     found |= {"asked": {key: value for key, value in run.inputs.items() if key != "contender"}, "recorded": run.recorded}
     if run.verb == "streams":
-        found |= {"streams": run.result["streams"], "most_tried": MOST, "target": TARGET, "buffer": BUFFER}
+        found |= {"streams": run.result["streams"], "by": run.result["by"], "most_tried": MOST, "target": TARGET, "buffer": BUFFER}
     fps, rows = run.recorded["fps"], []
-    for count in sorted({trial.count for trial in trials}):
-        own = [trial for trial in trials if trial.count == count]
+    for together, count in sorted({(trial.together, trial.count) for trial in trials}):
+        own = [trial for trial in trials if (trial.together, trial.count) == (together, count)]
         row: dict[str, Any] = {"count": count, "peak_bytes": max(trial.peak_bytes for trial in own)}
         row["out_of_memory"] = any(not trial.streams for trial in own)
         if run.verb == "streams":
-            row |= {"in_time": [in_time(trial, fps) for trial in own], "fps": [pace(trial) for trial in own]}
+            row |= {
+                "how": TOGETHER if together else IN_TURN,
+                "in_time": [in_time(trial, fps) for trial in own],
+                "fps": [pace(trial) for trial in own],
+            }
             row["meets"] = all(meets(trial, fps) for trial in own)
         else:
             row["clips_per_second"] = [clips_per_second(trial) for trial in own]
@@ -210,7 +223,7 @@ def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
     """A document as rows for people: a number of clips made together or of streams each."""
     rows = []
     for tried in document["tried"]:
-        row = {"": str(tried["count"])}
+        row = {"": f"{tried['count']} {tried.get('how', '')}".strip()}
         memory = "out of memory" if tried["out_of_memory"] else f"{tried['peak_bytes'] / 1e6:.4g}"
         if "clips_per_second" in tried:
             rates = tried["clips_per_second"]

@@ -267,16 +267,19 @@ def time_stream(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, promp
 
 @torch.no_grad()
 def time_streams(
-    backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: Sequence[str], chunks: int, seeds: Sequence[int]
+    backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: Sequence[str], chunks: int, seeds: Sequence[int], *, together: bool = False
 ) -> tuple[tuple[Chunk, ...], ...]:
-    """Streams of `chunks` chunks that begin at once and take turns, a chunk each; their prompts are encoded before the clock starts."""
+    """Streams of `chunks` chunks that begin at once and take turns, a chunk each, or are made `together`, a chunk of all at a time; their
+    prompts are encoded before the clock starts."""
     assert cfg.chunk is not None
-    texts, latents, clock = [_texts(backbone, cfg, [prompt]) for prompt in prompts], (chunks + beyond(cfg)) * cfg.chunk, Clock()
-    films = [Film(clock, backbone, cfg, lean, text, latents, [seed]) for text, seed in zip(texts, seeds, strict=True)]
+    groups = [list(zip(prompts, seeds, strict=True))] if together else [[one] for one in zip(prompts, seeds, strict=True)]
+    texts, latents = [_texts(backbone, cfg, [prompt for prompt, _ in group]) for group in groups], (chunks + beyond(cfg)) * cfg.chunk
+    clock = Clock()
+    films = [Film(clock, backbone, cfg, lean, text, latents, [seed for _, seed in group]) for text, group in zip(texts, groups, strict=True)]
     for _ in range(chunks):
         for film in films:
             film.advance()
-    return tuple(film.rows() for film in films)
+    return tuple(film.rows() for film, group in zip(films, groups, strict=True) for _ in group)
 
 
 def beyond(cfg: SamplerCfg) -> int:

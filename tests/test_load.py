@@ -49,15 +49,18 @@ def in_turn(count: int, chunks: int, seconds: float) -> tuple[tuple[Chunk, ...],
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of streams that were tried on a machine that takes 0.125 s for a chunk of 0.75 s and has memory for twelve."""
+    """Numbers of streams that were tried on a machine that takes 0.125 s for a chunk of 0.75 s, or 0.1 s for each of several together
+    (negative), and has memory for twelve."""
     found: list[int] = []
 
-    def time_streams(backbone: Any, cfg: Any, lean: Any, prompts: Sequence[str], chunks: int, seeds: Sequence[int]) -> Any:
-        assert len(prompts) == len(seeds)
-        found.append(len(prompts))
-        if len(prompts) > 12:
+    def time_streams(backbone: Any, cfg: Any, lean: Any, prompts: Sequence[str], chunks: int, seeds: Sequence[int], *, together: bool = False) -> Any:
+        count = len(prompts)
+        assert count == len(seeds)
+        if chunks > 4:
+            found.append(-count if together else count)
+        if count > 12:
             raise torch.OutOfMemoryError
-        return in_turn(len(prompts), chunks, 0.125)
+        return in_turn(1, chunks, 0.1 * count) * count if together else in_turn(count, chunks, 0.125)
 
     monkeypatch.setattr(stopwatch, "time_streams", time_streams)
     return found
@@ -67,24 +70,25 @@ def test_a_machine_of_known_speed_carries_what_it_has_time_for(tmp_path, folders
     path = models.write(tmp_path)
     directory = load.profile(path, [], chunks=12, repeats=2)
     found = load.document(directory)
-    assert found["streams"] == 6  # of 0.125 s in 0.75 s
-    assert asked == [1, 1, 1, 1, 2, 2, 4, 4, 8, 6, 6, 7]  # two to warm up; one that does not do needs no second try
-    rows = {row["count"]: row for row in found["tried"]}
+    assert found["streams"] == 7 and found["by"] == {"in turn": 6, "together": 7}  # of 0.125 s or of 0.1 s in 0.75 s
+    turns = [1, 1, 1, 1, 2, 2, 4, 4, 8, 6, 6, 7]  # two to warm up; one that does not do needs no second try
+    assert asked == [*turns, -1, -1, -2, -2, -4, -4, -8, -6, -6, -7, -7]
+    rows = {row["count"]: row for row in found["tried"] if row["how"] == "in turn"}
     assert rows[6]["fps"] == pytest.approx([16, 16]) and rows[6]["in_time"] == [1, 1] and rows[6]["meets"]
     assert rows[7]["fps"] == pytest.approx([12 / 0.875]) and not rows[7]["meets"]
-    assert [row["carried"] for row in load.table(found)] == ["yes", "yes", "yes", "yes", "no", "no"]
+    assert [row["carried"] for row in load.table(found)] == ["yes", "yes", "yes", "yes", "no", "no", "yes", "yes", "yes", "yes", "yes", "no"]
     stamp = (directory / "trials.jsonl").read_bytes()
     load.profile(path, [], chunks=12, repeats=2)
-    assert len(asked) == 12 and (directory / "trials.jsonl").read_bytes() == stamp
+    assert len(asked) == 23 and (directory / "trials.jsonl").read_bytes() == stamp
 
 
 def test_trials_that_were_made_are_not_made_again(tmp_path, folders, asked, monkeypatch):
     path, made = models.write(tmp_path), stopwatch.time_streams
 
-    def dies(backbone: Any, cfg: Any, lean: Any, prompts: Sequence[str], chunks: int, seeds: Sequence[int]) -> Any:
+    def dies(backbone: Any, cfg: Any, lean: Any, prompts: Sequence[str], chunks: int, seeds: Sequence[int], **how: bool) -> Any:
         if len(prompts) == 8:
             raise KeyboardInterrupt
-        return made(backbone, cfg, lean, prompts, chunks, seeds)
+        return made(backbone, cfg, lean, prompts, chunks, seeds, **how)
 
     monkeypatch.setattr(stopwatch, "time_streams", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -92,8 +96,8 @@ def test_trials_that_were_made_are_not_made_again(tmp_path, folders, asked, monk
     monkeypatch.setattr(stopwatch, "time_streams", made)
     asked.clear()
     directory = load.profile(path, [], chunks=12, repeats=1)
-    assert asked == [1, 1, 8, 6, 7] and records.read_run(directory).result["streams"] == 6
-    assert [trial.count for trial in load.read_trials(directory)] == [1, 2, 4, 8, 6, 7]
+    assert asked == [1, 1, 8, 6, 7, -1, -2, -4, -8, -6, -7] and records.read_run(directory).result["streams"] == 7
+    assert [trial.count for trial in load.read_trials(directory)] == [1, 2, 4, 8, 6, 7, 1, 2, 4, 8, 6, 7]
 
 
 def test_a_store_does_not_hide_a_device_that_is_too_slow():
@@ -134,6 +138,11 @@ def test_streams_that_take_turns_make_what_each_makes_by_itself(tmp_path, monkey
         alone.append(shown[:])
     for stream in (0, 1):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(mixed[stream::2], alone[stream], strict=True))
+    shown.clear()
+    both = stopwatch.time_streams(backbone, cfg, lean, prompts, 5, [3, 4], together=True)
+    for stream in (0, 1):
+        assert all(torch.equal(ours[stream], theirs[0]) for ours, theirs in zip(shown, alone[stream], strict=True))
+    assert len(both) == 2 and both[0] == both[1] and [chunk.frames for chunk in both[0]] == [9, 12, 12, 12, 12]
     begun = [chunk.readable for pair in zip(*together, strict=True) for chunk in pair]
     assert begun == sorted(begun) and [chunk.frames for chunk in together[1]] == [9, 12, 12, 12, 12]
 

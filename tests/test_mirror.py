@@ -121,7 +121,7 @@ def test_shards_of_several_machines_meet_in_it(machine, url, asked, idle, capsys
 def test_whoever_is_killed_leaves_what_was_there_before(machine, tmp_path, folders, asked, monkeypatch):
     """SIGKILL before and after each step of every transfer, while the files are sent as they appear; then a machine that has nothing."""
     monkeypatch.setattr(mirror, "EVERY_S", 0.05)
-    monkeypatch.setattr(generate, "TOKENS", 1)  # a clip at a time
+    monkeypatch.setattr(generate, "_batches", lambda backbone, cfg, latents, todo: [[item] for item in todo])
     machine("alone", None)
     wanted = bytes_of(generate.generate(*asked))
     url = f"file://{tmp_path}/store"
