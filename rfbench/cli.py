@@ -271,6 +271,7 @@ def report(
         str | None, typer.Option("--study", help="Judge its claims.", autocompletion=completes(lambda: config.names_of(Study)), show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where it goes, instead of the reports folder.", show_default=False)] = None,
+    embed: Annotated[bool, typer.Option("--embed", help="Put the videos that the page shows into it, instead of links.")] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep the evidence as records that can be committed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail unless the committed reports and records are whole and agree.")] = False,
     audit: Annotated[bool, typer.Option("--audit", help="No runs: which published numbers follow from the others, and which do not.")] = False,
@@ -278,13 +279,13 @@ def report(
 ) -> None:
     """Tables, plots and verdicts, as Markdown, CSV and one HTML page."""
     if audit:
-        _audit(as_json, other=bool(runs or study or out or record or check))
+        _audit(as_json, other=bool(runs or study or out or record or check or embed))
         return
     from rfbench import report as verb
 
     directories = [_run(run) for run in runs or []]
     folder = settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
-    _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check), as_json)
+    _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check, embed=embed), as_json)
 
 
 def _audit(as_json: bool, *, other: bool) -> None:

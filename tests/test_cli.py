@@ -204,7 +204,7 @@ def test_a_run_is_found_by_name_and_by_path(capsys, folders, monkeypatch):
     assert calls == [((directory, ["motion"]), {"against": None, "partial": False, "fresh": False} | HERE)] * 2
     assert call(capsys, "eval", "x/smok")[2] == "error: there is no run 'x/smok'; did you mean 'x/smoke'?\n"
     assert call(capsys, "report", "x/smoke", "--check")[0] == 0
-    assert calls[-1] == (([directory],), {"study": None, "out": folders / "reports", "record": False, "check": True})
+    assert calls[-1] == (([directory],), {"study": None, "out": folders / "reports", "record": False, "check": True, "embed": False})
 
 
 @pytest.mark.parametrize("what", cli.WHAT)

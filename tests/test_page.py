@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import pytest
 
@@ -111,6 +114,34 @@ def test_players_show_the_same_frame_of_everybody_and_step_by_one(tab: browser.T
     assert all(one != other for one, other in zip(third, fourth, strict=True))
     tab.js("document.getElementById('back').click()")
     assert tab.js(picture) == third
+
+
+def test_players_link_the_videos_that_they_show(tab: browser.Tab, written: Path) -> None:
+    links = tab.js("[...document.querySelectorAll('#films figcaption a')].map(one => one.href)")
+    paths = [Path(unquote(urlparse(link).path)) for link in links]
+    assert len(paths) == 3 and all(path.is_file() and written.parent.parent in path.parents for path in paths)
+
+
+def test_embedded_videos_are_whole_and_step_together(chromium: browser.Tab, written: Path, tmp_path: Path) -> None:
+    chromium.complaints.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(written.parent.parent)
+        patch.delenv("RFBENCH_TOML", raising=False)
+        page = report.report([], study="study.yaml", out=tmp_path / "embedded", embed=True)
+    chromium.open(page)
+    scene = json.loads(chromium.js("document.getElementById('data').textContent"))["scenes"][0]
+    whole = {path.read_bytes() for path in (written.parent.parent / "runs").rglob("0000-0.mp4")}
+    assert {base64.b64decode(film["video"].partition(",")[2]) for film in scene["films"]} <= whole and not any(
+        film["sheet"] for film in scene["films"]
+    )
+    chromium.js("document.getElementById('play').textContent === 'Pause' && document.getElementById('play').click()")
+    videos = "[...document.querySelectorAll('#films video')]"
+    chromium.until(f"{videos}.length === 3 && {videos}.every(one => one.readyState >= 2)")
+    for _ in range(3):
+        chromium.js("document.getElementById('next').click()")
+    chromium.until(f"{videos}.every(one => !one.seeking && Math.abs(one.currentTime - 3.5 / {scene['fps']}) < 0.001)")
+    assert chromium.js("document.getElementById('clock').textContent") == f"{3 / scene['fps']:.2f} s"
+    assert chromium.complaints == []
 
 
 @pytest.mark.parametrize("width", [320, 1280])

@@ -19,9 +19,10 @@ from rfbench.report.leaderboard import Board
 from rfbench.settings import settings
 
 
-def report(runs: list[Path], *, study: str | None, out: Path, record: bool = False, check: bool = False) -> Path:
+def report(runs: list[Path], *, study: str | None, out: Path, record: bool = False, check: bool = False, embed: bool = False) -> Path:
     """Write the report of some runs, or of a study's, into `out`; without both, of all runs there are.
 
+    With `embed` the page holds the videos that it shows, instead of small pictures of them and links.
     Of a study none of whose runs is here, its records are read instead: that makes all but what shows videos. With `check`
     nothing is written: the committed records and reports are checked, of a study only its own report.
 
@@ -44,7 +45,7 @@ def report(runs: list[Path], *, study: str | None, out: Path, record: bool = Fal
             say(f"no run of study '{study}' is here: its tables are made from its records, and what shows videos stays as it is")
             lookups = sources.kept(store)
         board, findings = sources.study_board(study, lookups)
-    files = build(board, findings)
+    files = build(board, findings, out, embed=embed)
     written = {out / name: content for name, content in files.items()}
     if record:
         kept = checking.condensed(board)
@@ -57,10 +58,11 @@ def report(runs: list[Path], *, study: str | None, out: Path, record: bool = Fal
     return out / checking.PAGE
 
 
-def build(board: Board, findings: tuple[Finding, ...]) -> dict[str, bytes]:
-    """Every file of a report: name -> content; without videos those that need none."""
+def build(board: Board, findings: tuple[Finding, ...], folder: Path | None = None, *, embed: bool = False) -> dict[str, bytes]:
+    """Every file of a report that will lie in `folder`: name -> content; without videos those that need none."""
     scenes = film.scenes(board)
-    made = checking.texts(board, findings) | {checking.PAGE: page.to_html(board, findings, scenes, account.summary(board), account.commands(board))}
+    told = account.summary(board), account.commands(board)
+    made = checking.texts(board, findings) | {checking.PAGE: page.to_html(board, findings, scenes, *told, folder=folder, embed=embed)}
     pictures = {tables.PICTURE: picture.overview(board, findings, scenes), tables.CLIPS: film.animation(board, scenes)} if scenes else {}
     return {name: text.encode() for name, text in made.items()} | pictures
 

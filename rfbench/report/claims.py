@@ -131,7 +131,7 @@ def _percent(better: float, than: float) -> float:
 
 
 def _reason(found: Finding, verdict: str, why: str, interval: str) -> str:
-    margin = "zero" if found.claim.margin == 0 else f"the claimed margin of {found.claim.margin:g}"
+    margin = "zero" if found.claim.margin == 0 else f"the claimed margin of {found.claim.margin:g}".replace("-", "−")
     if found.low is None:
         return f"{interval} is not defined: {why}"
     if verdict == REPRODUCED:

@@ -42,6 +42,7 @@ class Film:
     fps: float  # of the sheet
     width: int
     height: int
+    video: Path  # all frames at full size
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Scene:
     clip: str
     prompt: str
     seconds: float
+    fps: float  # of its videos
     times: tuple[float, ...]  # of the strip's stills, seconds
     films: tuple[Film, ...]
 
@@ -103,7 +105,7 @@ def _scene(board: Board, suite: str, clip_id: str) -> Scene:
         films = tuple(pool.map(film, *zip(*work, strict=True)))
     shown = work[0][-1]
     times = tuple(float(place) / shown.fps for place in _stills(shown.frames))
-    return Scene(suite, clip_id, shown.prompt, shown.frames / shown.fps, times, films)
+    return Scene(suite, clip_id, shown.prompt, shown.frames / shown.fps, shown.fps, times, films)
 
 
 def film(row: str, run: str, directory: Path, clip: Clip) -> Film:
@@ -122,7 +124,7 @@ def film(row: str, run: str, directory: Path, clip: Clip) -> Film:
     padded[:count] = frames
     sheet = padded.reshape(-1, columns, height, width, 3).swapaxes(1, 2).reshape(-1, columns * width, 3)
     strip = _strip(np.stack([pixels[place] for place in stills]))
-    return Film(row, run, webp(sheet, quality=75), webp(strip, quality=80), columns, count, clip.fps / step, width, height)
+    return Film(row, run, webp(sheet, quality=75), webp(strip, quality=80), columns, count, clip.fps / step, width, height, directory / clip.file)
 
 
 def decode(path: Path, clip: Clip, places: Sequence[int]) -> dict[int, Pixels]:

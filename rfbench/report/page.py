@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import rfbench
 from rfbench import published as papers
@@ -46,8 +48,21 @@ SECTIONS = {  # plots: id -> name, introduction
 }
 
 
-def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], summary: str, commands: Sequence[str]) -> str:
-    """The page. Everything that a run may contain (prompts above all) is escaped."""
+def to_html(
+    board: Board,
+    findings: Sequence[Finding],
+    scenes: Sequence[Scene],
+    summary: str,
+    commands: Sequence[str],
+    *,
+    folder: Path | None = None,
+    embed: bool = False,
+) -> str:
+    """The page. Everything that a run may contain (prompts above all) is escaped.
+
+    Players show small pictures of the clips and link their videos if the page will lie in `folder`; with `embed` the videos
+    themselves are in the page, whatever their size.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -94,7 +109,11 @@ def to_html(board: Board, findings: Sequence[Finding], scenes: Sequence[Scene], 
         css=_style(),
         js=(TEMPLATES / "report.js").read_text(encoding="utf-8"),
         data=_embedded(
-            {"rows": len(board.rows), "sources": [json.loads(text) for text in sources], "scenes": [_playable(scene, numbers) for scene in scenes]}
+            {
+                "rows": len(board.rows),
+                "sources": [json.loads(text) for text in sources],
+                "scenes": [_playable(scene, numbers, folder, embed) for scene in scenes],
+            }
         ),
     )
 
@@ -264,8 +283,15 @@ def _cell(board: Board, row: Row, cell: Cell, places: int, reach: tuple[float, f
     }
 
 
-def _uri(picture: bytes) -> str:
-    return "data:image/webp;base64," + base64.b64encode(picture).decode()
+def _uri(content: bytes, kind: str = "image/webp") -> str:
+    return f"data:{kind};base64," + base64.b64encode(content).decode()
+
+
+def _link(video: Path, folder: Path | None) -> str | None:
+    """The way from a page's folder to a video, where both lie in the project: another's disk is nobody's business."""
+    if folder is None or not all(path.absolute().is_relative_to(Path.cwd()) for path in (video, folder)):
+        return None
+    return quote(Path(os.path.relpath(video.absolute(), folder.absolute())).as_posix())
 
 
 def _short(prompt: str) -> str:
@@ -283,12 +309,14 @@ def _stills(scene: Scene, numbers: dict[str, int]) -> dict[str, Any]:
     return {"suite": scene.suite, "clip": scene.clip, "short": _short(scene.prompt), "times": times, "films": [one(film) for film in scene.films]}
 
 
-def _playable(scene: Scene, numbers: dict[str, int]) -> dict[str, Any]:
+def _playable(scene: Scene, numbers: dict[str, int], folder: Path | None, embed: bool) -> dict[str, Any]:
     films = [
         {
             "name": film.row,
             "number": numbers[film.row],
-            "sheet": _uri(film.sheet),
+            "sheet": None if embed else _uri(film.sheet),
+            "video": _uri(film.video.read_bytes(), "video/mp4") if embed else None,
+            "link": None if embed else _link(film.video, folder),
             "columns": film.columns,
             "frames": film.frames,
             "fps": film.fps,
@@ -297,7 +325,8 @@ def _playable(scene: Scene, numbers: dict[str, int]) -> dict[str, Any]:
         }
         for film in scene.films
     ]
-    return {"prompt": _short(scene.prompt), "seconds": scene.seconds, "fps": scene.films[0].fps, "films": films}
+    fps = scene.fps if embed else scene.films[0].fps
+    return {"prompt": _short(scene.prompt), "seconds": scene.seconds, "fps": fps, "films": films}
 
 
 def _runs(board: Board) -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ def compare(one: Path, other: Path, out: Path | None = None) -> list[dict[str, A
     board = dataclasses.replace(board, title=f"{rows[0]} against {rows[1]}")
     found = table(board, rows[0], rows[1])
     if out is not None:
-        text = page.to_html(board, (), film.scenes(board), account.summary(board), [f"rfbench compare {names[0]} {names[1]} --out {out.name}"])
+        again = [f"rfbench compare {names[0]} {names[1]} --out {out.name}"]
+        text = page.to_html(board, (), film.scenes(board), account.summary(board), again, folder=out.parent)
         records.write_text(out, text)
     return found

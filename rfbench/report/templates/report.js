@@ -84,12 +84,16 @@ for (const chip of document.querySelectorAll(".chip")) chip.addEventListener("cl
 for (const chip of document.querySelectorAll(".chip[data-row]")) if (data.rows > 8 && Number(chip.dataset.row) >= 6) show(chip.dataset.row, false);
 
 // Players: all canvases of a scene follow one clock. A frame is drawn into a canvas of its own size first, because scaling
-// straight from the sheet would bleed its neighbours into its edges.
+// straight from the sheet would bleed its neighbours into its edges. An embedded video keeps to the clock as well.
 const player = () => {
   const films = byId("films"), slider = byId("time"), clock = byId("clock"), button = byId("play");
   let scene = null, tracks = [], now = 0, playing = false, last = null, turn = 0;
   const draw = () => {
     for (const track of tracks) {
+      if (track.playing) {
+        if (!playing || Math.abs(track.playing.currentTime - now) > 0.1) track.playing.currentTime = Math.min(now + 0.5 / scene.fps, track.playing.duration || now);
+        continue;
+      }
       const frame = Math.min(track.frames - 1, Math.floor(now * track.fps + 1e-6));
       if (!track.ready || frame === track.shown) continue;
       track.shown = frame;
@@ -113,6 +117,10 @@ const player = () => {
     last = null;
     button.textContent = on ? "Pause" : "Play";
     button.setAttribute("aria-pressed", String(on));
+    for (const { playing: video } of tracks) if (video) {
+      video.playbackRate = Number(byId("rate").value);
+      on ? video.play().catch(() => {}) : video.pause();
+    }
     if (on) requestAnimationFrame(tick);
   };
   const step = by => {
@@ -129,7 +137,24 @@ const player = () => {
     byId("prompt").textContent = `“${scene.prompt}”`;
     films.replaceChildren();
     tracks = scene.films.map(film => {
-      const figure = make("figure", undefined, `r${film.number}`), canvas = make("canvas"), small = make("canvas");
+      const figure = make("figure", undefined, `r${film.number}`), caption = make("figcaption");
+      caption.append(make("i", undefined, `swatch c${film.number % 8} d${Math.floor(film.number / 8)}`), film.name);
+      films.append(figure);
+      if (film.video) {
+        const video = make("video");
+        Object.assign(video, { src: film.video, muted: true, playsInline: true, loop: true, preload: "auto" });
+        video.setAttribute("aria-label", `${film.name}: ${scene.prompt}`);
+        video.addEventListener("loadeddata", () => { if (mine === turn) draw(); });
+        figure.append(video, caption);
+        return { playing: video };
+      }
+      if (film.link) {
+        const link = make("a", "video");
+        link.href = film.link;
+        link.setAttribute("aria-label", `video of ${film.name}, all frames`);
+        caption.append(" · ", link);
+      }
+      const canvas = make("canvas"), small = make("canvas");
       const scale = Math.max(1, Math.round(384 / film.width));
       canvas.width = film.width * scale;
       canvas.height = film.height * scale;
@@ -137,10 +162,7 @@ const player = () => {
       small.height = film.height;
       canvas.setAttribute("role", "img");
       canvas.setAttribute("aria-label", `${film.name}: ${scene.prompt}`);
-      const caption = make("figcaption"), swatch = make("i", undefined, `swatch c${film.number % 8} d${Math.floor(film.number / 8)}`);
-      caption.append(swatch, film.name);
       figure.append(canvas, caption);
-      films.append(figure);
       const track = { ...film, small: small.getContext("2d"), large: canvas.getContext("2d"), image: new Image(), ready: false, shown: -1 };
       track.large.imageSmoothingEnabled = true;
       track.large.imageSmoothingQuality = "high";
@@ -149,7 +171,9 @@ const player = () => {
       return track;
     });
     draw();
+    if (playing) { play(false); play(true); }
   };
+  byId("rate").addEventListener("change", () => { if (playing) { play(false); play(true); } });
   byId("scene").addEventListener("change", event => open(Number(event.target.value)));
   button.addEventListener("click", () => play(!playing));
   byId("back").addEventListener("click", () => step(-1));
