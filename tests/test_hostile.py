@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rfbench import evaluate, records, world
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
+from rfbench.registry import pick
 from rfbench.report import evidence
-from rfbench.scorers.base import LIGHT
+from rfbench.scorers.base import LIGHT, SCORERS, ClipError, check_pace
+from rfbench.vbench_worker.fast import Networks, TemporalFlickering
+from rfbench.vbench_worker.video import Footage, UnreadableError
 from tests import fake_runs, hostile
 from tests.filming import pixels, scene_of
 
@@ -97,3 +102,20 @@ def test_the_flicker_of_one_pixel_is_right(run):
     (row,) = rows_of(run, "flicker", clip)
     frames = pixels(world.render(scene_of("a red disc", seed=clip.prompt_id), 33))[:, 20, 20].astype(float)
     assert row[2] == pytest.approx(100 * (255 - np.abs(np.diff(frames, axis=0)).mean()) / 255, abs=1e-5)
+
+
+def test_vbenchs_flicker_of_each_clip_is_ours_or_is_refused_in_words(run):
+    """What its worker sees, whose readers are those of VBench; a pace that is not the run's was refused before it is asked."""
+    scorer = pick(SCORERS, "flicker", what="scorer")
+    for name in hostile.NAMES:
+        clip = next(clip for clip in records.read_clips(run) if clip.file == f"videos/{name}.mkv")
+        path = (run / clip.file).rename(run / "videos" / f"{name}.mp4")  # readers look at what is in it
+        clip = dataclasses.replace(clip, file=f"videos/{path.name}")
+        try:
+            check_pace(clip, path)
+            value = TemporalFlickering(Networks(torch.device("cpu")))(Footage(path, frames=clip.frames), "", {}).value
+        except (ClipError, UnreadableError) as error:
+            assert name in (*hostile.UNREADABLE, "one frame") and (name in str(error) or "one frame" in str(error))
+            continue
+        (answer,) = scorer.score([clip], run)
+        assert value is not None and 100 * value == pytest.approx(answer.rows[0].value, abs=1e-5), name
