@@ -86,8 +86,12 @@ def prepare(
     With `random_weights` nothing is looked for; `reduced` then makes the network small, where the backbone has a small size.
 
     Raises:
-        UserError: it does not exist, a key is wrong, its weights are missing or altered, or this device cannot multiply as it says.
+        UserError: it does not exist, a key is wrong, its weights are missing or altered, this device cannot multiply as it says, or its
+            authors' code runs it.
     """
+    if config.is_external(baseline):
+        how = f"`rfbench generate {baseline} --suite smoke --json` makes clips and tells how fast they came"
+        raise UserError(f"'{baseline}' is run by its authors' code, in a process of its own, and is timed while it makes clips: {how}")
     baseline = config.whole_name(Baseline, baseline)
     path = config.find(Baseline, baseline)
     cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)

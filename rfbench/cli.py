@@ -147,7 +147,7 @@ def sample(
     given: Annotated[
         Path | None, typer.Option("--from", metavar="VIDEO", help="Go on from this video or image; its frames count.", show_default=False)
     ] = None,
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Pixel frames.")] = 81,
+    frames: Annotated[int | None, typer.Option("--frames", min=1, help="Pixel frames: 81, or a system's own length.", show_default=False)] = None,
     out: Annotated[Path, typer.Option("--out")] = Path("sample.mp4"),
     as_json: Json = False,
 ) -> None:

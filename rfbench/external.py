@@ -10,7 +10,9 @@ A runner hands over raw frames, so every system's videos are encoded alike; only
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rfbench import config, envs, processes, provenance, records, strict, video
+from rfbench import config, envs, processes, provenance, records, strict, timing, video
 from rfbench.config import External
 from rfbench.errors import UserError
 from rfbench.processes import Outcome, Program
@@ -141,7 +143,36 @@ def frames_of(cfg: External, asked: Suite, name: str) -> int:
     return longer
 
 
-def make(ready: Ready, asked: Suite, todo: Sequence[tuple[Prompt, int]], directory: Path, writer: str) -> Iterator[list[Clip]]:
+def sample(ready: Ready, prompt: str, *, seed: int, frames: int | None, out: Path) -> Path:
+    """Make one clip as `out`, an .mp4: of the system's own length, or where `frames` ask for more and it can, of theirs.
+
+    Raises:
+        UserError: it makes none that long; another kind of file; with code 1: the clip failed.
+    """
+    if out.suffix != ".mp4":
+        raise UserError(f"--out {out}: clips of '{ready.name}' are .mp4 files")
+    only = Prompt(0, prompt)
+    with tempfile.TemporaryDirectory(prefix="rfbench-") as name:
+        folder = Path(name)
+        for clips in make(
+            ready, Suite("--frames", frames or ready.cfg.frames, ready.fps, seed, 1, (only,)), [(only, 0)], folder, "alone", lambda *_: seed
+        ):
+            for clip in clips:
+                with records.atomic(out) as temporary:
+                    shutil.copyfile(folder / clip.file, temporary)
+        for failed in failures(folder):
+            raise UserError(f"the clip failed: {failed.error}; the last that was printed: {' '.join(failed.log.split())[-300:] or 'nothing'}", code=1)
+    return out
+
+
+def make(
+    ready: Ready,
+    asked: Suite,
+    todo: Sequence[tuple[Prompt, int]],
+    directory: Path,
+    writer: str,
+    seed_of: Callable[[int, int, int], int] = clip_seed,
+) -> Iterator[list[Clip]]:
     """Make the clips that are to do, in order: for each of them its row, or none if it failed; who failed is in `failed.<writer>.jsonl`.
 
     Raises:
@@ -153,7 +184,7 @@ def make(ready: Ready, asked: Suite, todo: Sequence[tuple[Prompt, int]], directo
     for prompt, sample in todo:
         name = clip_id(prompt.id, sample)
         given = prompt.text if prompt.generate_from is None else prompt.generate_from
-        seed = clip_seed(asked.seed, prompt.id, sample)
+        seed = seed_of(asked.seed, prompt.id, sample)
         items.append({"id": name, "prompt": given, "seed": seed, "frames": frames, "out": str(work / f".{name}.tmp.npy")})
         size = (frames, ready.fps, ready.cfg.height, ready.cfg.width)
         what[name] = Clip(name, prompt.id, sample, prompt.text, given, seed, *size, f"videos/{name}.mp4", "")
@@ -235,13 +266,23 @@ def _clip_time(**fields: Any) -> ClipTime:
 
 
 def summary(rows: Sequence[ClipTime]) -> dict[str, Any]:
-    """Medians over clips: frames per second from prompt to last frame, and where frames were stamped the time to the first and the pace after it."""
+    """Medians over clips, as `rfbench.timing` defines them, but that a clip has the system's own length.
+
+    Where frames were stamped as they came there is the time to the first, and of clips of enough chunks their pace.
+    """
     if not rows:
         return {}
     found: dict[str, Any] = {"timed": "whole clips", "clip_fps": median(row.frames / row.seconds for row in rows)}
-    stamped = [row for row in rows if len(row.stamps) > 1]
-    if len(stamped) == len(rows):
+    if all(len(row.stamps) > 1 for row in rows):
         found |= {"timed": "frames as they come", "ttff_s": median(row.stamps[0][0] for row in rows)}
-        found["e2e_fps"] = median((row.frames - row.stamps[0][1]) / (row.seconds - row.stamps[0][0]) for row in rows)
+        paces = [pace for row in rows if (pace := timing.TIMINGS["e2e_fps"].of(_turn(row))) is not None]
+        found |= {"e2e_fps": median(paces)} if len(paces) == len(rows) else {}
     peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
     return found | ({"peak_memory_bytes": max(peaks)} if peaks else {})
+
+
+def _turn(row: ClipTime) -> timing.Turn:
+    """A clip whose frames were stamped as they came, as a stream of chunks."""
+    begun = [0.0, *(second for second, _ in row.stamps)]
+    chunks = tuple(timing.Chunk(i, count, begun[i], second, second, None) for i, (second, count) in enumerate(row.stamps))
+    return timing.Turn("", 1, (), chunks, None, 0, None, None, None)

@@ -33,6 +33,8 @@ from rfbench.settings import settings
 from rfbench.suites import Prompt, Suite, clip_id, clip_seed
 from rfbench.transfer import to_host
 
+FRAMES = 81  # of a sample
+
 Item = tuple[Prompt, int]  # a clip to make: its prompt and which sample of it
 
 
@@ -225,17 +227,23 @@ def sample(
     then: Sequence[str] = (),
     given: Path | None = None,
     seed: int,
-    frames: int,
+    frames: int | None = None,
     out: Path,
 ) -> Path:
-    """Make one clip of `frames` pixel frames as `out`, an .mp4 or a .gif; each `then`, "SECONDS=PROMPT", switches the prompt on the way.
+    """Make one clip of `frames` pixel frames, or 81, as `out`, an .mp4 or a .gif; each `then`, "SECONDS=PROMPT", switches the prompt on the way.
 
-    `given` is a video or an image that the clip goes on from: its last frames, as many as fill whole chunks, come first.
+    `given` is a video or an image that the clip goes on from: its last frames, as many as fill whole chunks, come first. A system that
+    its authors' code runs makes a clip of its own length, see `external.sample`.
 
     Raises:
         UserError: the baseline, a prompt, a switch, what is given, the length or the kind of file cannot be used; the disk is full (code 1).
     """
-    ready = baselines.prepare(baseline, overrides)
+    if config.is_external(baseline):
+        if then or given is not None:
+            option = "--then" if then else "--from"
+            raise UserError(f"{option}: '{baseline}' is run by its authors' code, which makes a clip of one prompt alone; leave it out")
+        return external.sample(external.prepare(baseline, overrides), prompt, seed=seed, frames=frames, out=out)
+    ready, frames = baselines.prepare(baseline, overrides), frames or FRAMES
     latents = ready.latents(frames, "--frames")
     if then and not sampler.can_switch(ready.cfg.sampler):
         raise UserError(f"--then: the sampler of '{ready.name}' does not go chunk by chunk, so its prompt cannot switch on the way; leave it out")

@@ -150,7 +150,7 @@ HERE = {"engine": "here", "workers": None}
         ),
         (
             *("generate", "sample", ["toy/x", "a red disc", "sampler.shift=3", "--seed", "7", "--out", "y.mp4"]),
-            *(("toy/x", "a red disc", ["sampler.shift=3"]), {"then": [], "given": None, "seed": 7, "frames": 81, "out": Path("y.mp4")}),
+            *(("toy/x", "a red disc", ["sampler.shift=3"]), {"then": [], "given": None, "seed": 7, "frames": None, "out": Path("y.mp4")}),
         ),
         (
             *("reproduce", "reproduce", ["toy", "--only", "a", "--only", "b", "--limit", "2"]),

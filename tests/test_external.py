@@ -39,8 +39,7 @@ def load(settings):
         frames = (rng.random(shape) * scale).astype(np.float32 if word == "float" else np.uint8)
         if word != "nothing":
             np.save(item["out"], frames)
-        half = item["frames"] // 2
-        stamps = [[0.5, half], [1.5, item["frames"] - half - (word == "lost")]]
+        stamps = [[0.5 + 0.25 * i, 2] for i in range(4)] + [[1.5, item["frames"] - 8 - (word == "lost")]]
         return "a word" if word == "row" else {"stamps": stamps, "peak_bytes": None}
     return run
 """
@@ -90,12 +89,47 @@ def test_clips_rows_and_times_are_as_of_any_baseline(fake):
         frames, fps = video.read(directory / clip.file)
         assert frames.shape == (9, 16, 32, 3) and fps == 12 and records.sha256_of(directory / clip.file) == clip.sha256
     assert len({clip.sha256 for clip in clips}) == 4, "another seed, another clip"
-    assert run.result["times"] == {"timed": "frames as they come", "clip_fps": 6.0, "ttff_s": 0.5, "e2e_fps": 5.0}
+    assert run.result["times"] == {"timed": "frames as they come", "clip_fps": 6.0, "ttff_s": 0.5, "e2e_fps": 6.0}
     assert run.inputs["weights_sha256"] == records.sha256_of(fake / "scale.pt") and run.inputs["environment"] == envs.load("diffusers")[1]
     assert run.recorded["protocol"] == "own protocol: 32x16, 9 frames at 12 per second, 3 steps; its code appends ', 8K' to every prompt"
     assert not list(directory.rglob("*.npy")), "raw frames go once they are a video"
     before = (directory / "clips.jsonl").stat().st_mtime_ns
     assert make(fake) == directory and (directory / "clips.jsonl").stat().st_mtime_ns == before
+
+
+def test_speed_is_what_a_profile_would_call_it():
+    """A pace needs chunks past those in which a window fills; one clip that was timed as a whole leaves only whole clips."""
+    stamps = ((0.5, 1), (1.5, 4), (2.0, 2), (2.5, 1), (4.0, 1))
+    rows = [external.ClipTime(name, 9, 4.0, stamps, None) for name in "ab"]
+    assert external.summary(rows) == {"timed": "frames as they come", "clip_fps": 9 / 4.0, "ttff_s": 0.5, "e2e_fps": 2 / 2.0}
+    short = [external.ClipTime("a", 9, 2.0, ((0.5, 4), (2.0, 5)), 7)]
+    assert external.summary(short) == {"timed": "frames as they come", "clip_fps": 4.5, "ttff_s": 0.5, "peak_memory_bytes": 7}
+    assert external.summary([external.ClipTime("c", 9, 2.0, ((2.0, 9),), None), *rows]) == {"timed": "whole clips", "clip_fps": 9 / 4.0}
+
+
+def test_a_sample_is_a_clip_of_the_seed_that_was_given(fake, tmp_path, capsys):
+    made = []
+    for number, seed in enumerate(("3", "3", "4")):
+        out = tmp_path / f"{number}.mp4"
+        assert call(capsys, "sample", str(fake / "fake.yaml"), "a disc", "--seed", seed, "--out", str(out))[0] == 0
+        made.append(out.read_bytes())
+    assert made[0] == made[1] != made[2] and video.read(tmp_path / "0.mp4")[0].shape == (9, 16, 32, 3)
+    for arguments, sentence in (
+        (("--then", "1=a square"), "makes a clip of one prompt alone; leave it out"),
+        (("--out", "x.gif"), "clips of 'fake' are .mp4 files"),
+        (("--frames", "2000"), "makes clips of at most 121 frames"),
+    ):
+        code, _, err = call(capsys, "sample", str(fake / "fake.yaml"), "a disc", *arguments)
+        assert code == 2 and sentence in err
+    (fake / "broken").touch()
+    code, _, err = call(capsys, "sample", str(fake / "fake.yaml"), "a video that is short", "--out", str(tmp_path / "no.mp4"))
+    assert code == 1 and "the clip failed: the runner made frames (8, 16, 32, 3)" in err and not (tmp_path / "no.mp4").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--ladder",), ("--streams",)])
+def test_what_its_authors_run_is_timed_with_its_clips(options, capsys):
+    code, _, err = call(capsys, "profile", "nova", *options)
+    assert code == 2 and "timed while it makes clips: `rfbench generate nova --suite smoke --json`" in err
 
 
 def test_shards_make_the_same_clips(fake):

@@ -35,9 +35,8 @@ LAYERS = [
         "naive",
         "parallel",
         "vbench_worker",
-        "external",
     },
-    {"methods", "scorers", "timing", "length", "recipes", "updates", "resume", "outcome"},
+    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome"},
     {"pairs", "stopwatch", "ladder", "load", "logbook", "memory"},
     {
         "fetch",
