@@ -34,6 +34,7 @@ from rfbench.methods.ode import regression
 from rfbench.methods.redmd import ReDmd
 from rfbench.sampler import stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, x0_to_flow
+from rfbench.updates import Updater
 from rfbench.videoreward import frames
 from rfbench.videoreward.model import CHAT, question
 from rfbench.videoreward.network import Tokens, VideoRewardCfg, VideoRewardNet, load_network
@@ -391,6 +392,27 @@ def test_distillation_of_the_critic(path: Path) -> None:
     case.compare("out.loss", loss.detach())
     case.compare_gradients("grad", method.critic)
     case.check()
+
+
+@pytest.mark.parametrize("path", cases(KINDS[4]) + cases(KINDS[5]))
+def test_one_step_of_the_optimiser(path: Path) -> None:
+    """The reference's gradients through clipping and AdamW (arXiv:1711.05101, algorithm 2), which is written out here in float64."""
+    case, lr, decay = read(path), 0.1, 0.01
+    of_generator = "in.dmd_noise" in case.tensors
+    model = case.model("generator_config", "generator") if of_generator else case.model("fake_config", "fake_score")
+    weights = dict(model.named_parameters())
+    gradients = {name.removeprefix("out.grad."): value.double() for name, value in case.tensors.items() if name.startswith("out.grad.")}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    before = {name: weights[name].detach().double() for name in gradients}
+    updater = Updater(model, OptimCfg(lr, betas=(0.0, 0.999), weight_decay=decay, clip=float(norm) / 2))
+    for name, gradient in gradients.items():
+        weights[name].grad = gradient.float()
+    assert updater.clip() == pytest.approx(float(norm), rel=1e-5)
+    updater.step(0.5)
+    for name, gradient in gradients.items():
+        clipped = gradient / 2  # the first step's moments are the gradient and its square, once their bias is taken out
+        moved = -0.5 * lr * (decay * before[name] + clipped / (clipped.square().sqrt() + 1e-8))
+        assert distance(weights[name].detach() - before[name], moved) < 1e-5, name
 
 
 @pytest.mark.parametrize("path", cases(KINDS[6]))
