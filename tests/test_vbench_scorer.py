@@ -253,6 +253,9 @@ def test_a_dimension_that_cannot_run_is_named_with_its_fix(tmp_path, monkeypatch
     evaluate(made(tmp_path / "whole", suites.load_suite("vbench-forcing")), ["vbench"], partial=True)
     summary = note(tmp_path / "whole")["summary"]
     assert set(summary["dimensions"]) == set(T2V.dimensions) - {"scene"} and summary["why"].startswith("there is no VBench total: one")
+    assert note(tmp_path / "whole")["version"].endswith("-in-part")
+    with pytest.raises(UserError, match="VBench's scene cannot run here"):  # what is there is no answer to this
+        evaluate(tmp_path / "whole", ["vbench"])
     with pytest.raises(UserError, match="its prompt is for none of the dimensions of 'vbench-quality'"):
         evaluate(run, ["vbench-quality"], partial=True)
     summary = note(run, "vbench-quality")["summary"]

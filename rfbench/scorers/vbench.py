@@ -123,12 +123,14 @@ class VBench:
 
     @property
     def version(self) -> str:
-        """Of vbench, the worker and the weights, of every dimension that can run here.
+        """Of vbench, the worker and the weights, of every dimension that can run here; answers without some of them are others than with all.
 
         Raises:
             UserError: the environment is not built, or none of the dimensions can run.
         """
-        return fingerprint(self._versions())[:12]
+        versions = self._versions()
+        lacks = self.lenient and any(name not in versions for name in self._names())
+        return f"{fingerprint(versions)[:12]}{'-in-part' if lacks else ''}"
 
     @property
     def weights(self) -> Mapping[str, str]:
