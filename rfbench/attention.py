@@ -140,5 +140,5 @@ def rotations(frames: tuple[int, ...], height: int, width: int, head_dim: int, d
 def rotate(x_BSHD: Tensor, rotation_S1D: Tensor) -> Tensor:
     """Rotate adjacent pairs of the head by their position, in float32."""
     x = x_BSHD if x_BSHD.dtype == torch.float32 else x_BSHD.float()
-    turned = torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * rotation_S1D).view(x.shape)
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation_S1D).flatten(-2)
     return turned if x_BSHD.dtype == torch.float32 else turned.to(x_BSHD.dtype)

@@ -283,11 +283,12 @@ class KVCache:
 
         Later chunks need the `raw` keys of the clean pass, and nobody those of another.
         """
-        turned = rotate(qk_BS2HD, view.rotation.unsqueeze(1))
-        queries, keys = turned.unbind(2)
-        for own, rotated, unrotated, values in view.targets[layer]:
-            rotated.copy_(keys[:, own])
-            values.copy_(v_BSHD[:, own])
+        queries, keys = rotate(qk_BS2HD, view.rotation.unsqueeze(1)).unbind(2)
+        targets = view.targets[layer]
+        for own, rotated, unrotated, values in targets:
+            parts = (keys, v_BSHD) if len(targets) == 1 else (keys[:, own], v_BSHD[:, own])
+            rotated.copy_(parts[0])
+            values.copy_(parts[1])
             if raw and self.cfg.rope == "relative":
                 unrotated.copy_(qk_BS2HD[:, own, 1])
         return queries, *view.seen[layer]

@@ -268,10 +268,9 @@ class LeanDiT:
 
     def _read(self, query_RM: Tensor, size: tuple[int, int], text_kv: tuple[Tensor, Tensor]) -> Tensor:
         """What rows find in the text: [R, M]. Chunks of one clip look at the same text; with several clips, each chunk for itself."""
-        chunks = query_RM.view(-1, *size, *self.heads)
         if size[0] == 1:
-            return attend(chunks.flatten(0, 2).unsqueeze(0), *text_kv).reshape(query_RM.shape)
-        return torch.cat([attend(chunk, *text_kv) for chunk in chunks]).reshape(query_RM.shape)
+            return attend(query_RM.view(1, -1, *self.heads), *text_kv).reshape(query_RM.shape)
+        return torch.cat([attend(chunk, *text_kv) for chunk in query_RM.view(-1, *size, *self.heads)]).reshape(query_RM.shape)
 
     def _project(self, layer: Layer, x_RM: Rows) -> tuple[Tensor, Tensor]:
         """Normalised queries and keys [R, 2, M], and values [R, M]."""
