@@ -196,7 +196,7 @@ def read_clips(directory: Path) -> list[Clip]:
     found: dict[str, Clip] = {}
     for path in clip_files(directory):
         for clip in read_rows(path, Clip):
-            if found.setdefault(clip.id, clip) != clip:
+            if (first := found.setdefault(clip.id, clip)) is not clip and first != clip:
                 raise UserError(f"{directory} has two different rows for clip {clip.id}; run `rfbench generate` for it again, without --shard")
     return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from rfbench import statistics
 from rfbench.statistics import CONTRADICTED, INCONCLUSIVE, LEVEL, REPRODUCED, Interval, detectable, difference, mean, sample, student, verdict
@@ -351,6 +353,28 @@ def test_rank_intervals_hold_all_true_ranks_as_often_as_they_say() -> None:
     alike = sample([1.0, 2.0, 3.0], range(3))
     assert statistics.ranks([alike, alike, alike], higher_is_better=True) == [(1, 3)] * 3
     assert statistics.ranks([alike], higher_is_better=True) == [(1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "unequal", "seeds", "alike"])
+def test_all_pairs_at_once_are_the_pairs_one_by_one(kind: str) -> None:
+    rng, prompts = np.random.default_rng(4), [0, 0, 1, 1, 2, 3, 3, 4] if kind == "unequal" else [0, 0, 1, 1, 2, 2, 3, 3]
+    rows = rng.normal(size=(5, 2, 8))
+    if kind == "alike":
+        rows[1], rows[2] = rows[0], rows[0] + 3
+    several = 2 if kind == "seeds" else 1
+    samples = [sample(row[:several].ravel(), prompts * several, sorted([*range(several)] * 8)) for row in rows]
+    pairs = list(itertools.combinations(samples, 2))
+    for got, (one, other) in zip(statistics.contrasts(samples), pairs, strict=True):
+        wanted = statistics.contrast(one, statistics.paired(one, other))
+        assert (got.value, got.error, got.freedom) == pytest.approx((wanted.value, wanted.error, wanted.freedom))
+        assert (got.error == 0) == (wanted.error == 0)
+
+
+def test_detectable_difference_is_that_of_the_power_of_statsmodels() -> None:
+    for n in (8, 30, 200):
+        of = difference(sample(np.random.default_rng(n).normal(size=n), range(n)), sample(np.zeros(n), range(n)))
+        exact = TTestPower().solve_power(nobs=n, power=0.8, alpha=0.05) * of.error * math.sqrt(n)
+        assert detectable(of) == pytest.approx(exact, rel=0.04)
 
 
 def test_detectable_difference_is_found_four_times_in_five() -> None:
