@@ -86,14 +86,15 @@ def workers_of(parent: int) -> list[int]:
     return [pid for pid in found if pid in parents and parents[pid][1].startswith("ray::_Worker")]
 
 
-def test_clips_and_scores_are_those_of_one_process_whoever_is_killed(tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_and_scores_are_those_of_one_process_whoever_is_killed(tmp_path: Path, folders: Path) -> None:
     """Workers are killed at random, then the process that asked; the same command goes on, and ends with the same bytes."""
-    monkeypatch.setattr(generate, "TOKENS", 1)  # a clip is a batch
+    with (folders / "rfbench.toml").open("a") as file:
+        file.write("[fast]\ntokens = 1\n")  # a clip is a batch
     student, suite = models.write(tmp_path), write_suite(tmp_path, prompts=PROMPTS, samples=3)
     alone = generate.generate(student, suite, name="alone")
     evaluate.evaluate(alone, ["motion", "subject"])
     code = (
-        "import sys; from rfbench import generate, evaluate; generate.TOKENS = 1\n"
+        "from rfbench import generate, evaluate\n"
         f"run = generate.generate({student!r}, {suite!r}, name='spread', engine='ray', workers=2)\n"
         "evaluate.evaluate(run, ['motion', 'subject'], engine='ray', workers=2)"
     )
