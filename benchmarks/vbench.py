@@ -1,6 +1,6 @@
 """VBench's two drivers on the same clip with the same drawn weights: time, and how far the scores are apart.
 
-    RFBENCH_VBENCH_PYTHON=... python benchmarks/vbench.py [DIMENSION ...] [--height 240] [--width 416] [--frames 17] [--report FILE.md]
+    RFBENCH_VBENCH_PYTHON=... python benchmarks/vbench.py [DIMENSION ...] [--height 240] [--width 416] [--frames 17]
 
 Without RFBENCH_VBENCH_PYTHON it takes the environment that `rfbench env vbench --with detectron2` built. vbench's own functions get a
 process for each dimension; the fast driver one for each group of dimensions that it is usually asked for at once. Imports and building
@@ -169,7 +169,7 @@ def compare(python: Path, folder: Path, names: list[str]) -> list[dict[str, Any]
     return lines
 
 
-HEAD = """| dimension | official, s | fast, s | ratio | alone, s | ratio | score | apart | what the fast driver's time goes to, or does not |
+HEAD = """| dimension | official, s | fast, s | ratio | alone, s | ratio | score | apart | the network, and what the fast driver does differently |
 |---|---:|---:|---:|---:|---:|---:|---:|---|"""
 
 

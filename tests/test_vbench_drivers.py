@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="needs the environment vbench
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two that move, of an odd size and length, and everything that may go wrong."""
+    """Two that move, of an odd size and length, and everything that may go wrong. Below 128 pixels RAFT has no number for a flow."""
     import cv2
 
     folder = tmp_path_factory.mktemp("clips")
     texture = cv2.resize(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8), (300, 300))
-    for name, height, width, count in (("a", 96, 128, 9), ("façade", 98, 130, 6), ("one", 96, 96, 1), ("three", 96, 96, 3), ("tiny", 16, 16, 6)):
+    for name, height, width, count in (("a", 128, 160, 9), ("façade", 130, 162, 6), ("one", 96, 96, 1), ("three", 96, 96, 3), ("tiny", 16, 16, 6)):
         writer = cv2.VideoWriter(str(folder / f"{name}.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 16, (width, height))
         for t in range(count):
             writer.write(np.ascontiguousarray(texture[2 * t : 2 * t + height, 3 * t : 3 * t + width]))
@@ -99,14 +99,13 @@ def test_fast_is_official_with_large_networks(tmp_path, clips, names):
 
 @pytest.mark.slow
 def test_an_action_that_is_recognised_is_in_both(tmp_path, clips):
-    """Whatever drawn weights take it for is asked for, and then something else."""
+    """Whatever drawn weights take it for is asked for, where nothing of that name was before."""
     (row,) = rows(tmp_path, "fast", ["human_action"], [clips / "a.mp4"]).values()
     assert row["value"] == 0 and row["extra"]["scores"][0] >= 0.85
     seen = {"human_action": f"A person is {row['extra']['labels'][0]}"}
-    for prompts, value in ((seen, 1.0), ({}, 0.0)):
-        official, fast = (rows(tmp_path, driver, ["human_action"], [clips / "a.mp4"], prompts) for driver in ("official", "fast"))
-        assert_equal(official, fast, 0.0)
-        assert fast["a human_action"]["value"] == value
+    official, fast = (rows(tmp_path, driver, ["human_action"], [clips / "a.mp4"], seen) for driver in ("official", "fast"))
+    assert_equal(official, fast, 0.0)
+    assert fast["a human_action"]["value"] == 1
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ MARK = "drawn"
 CLIPS = {"B": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12), "L": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)}
 
 BOXES = 2  # of a frame, for which drawn weights find words; they are sure of some two hundred
-SAID = ("person", "dog", "cat", "red", "car", "alley")  # words that are said more often than others, so that there are some to be asked for
+SAID = ("person", "dog", "cat", "red", "car")  # words that its labels have more often than others, so that there are some to be asked for
 LIKELY, ENDS = 3.5, 20.0  # logits of these words and of the end of a text, among 30,522 whose largest is about 4
 
 
@@ -47,6 +47,13 @@ def draw(network: nn.Module, seed: int) -> nn.Module:
     return network
 
 
+def draw_judge(network: Any, seed: int) -> None:
+    """MUSIQ whose scores are in the middle of 0 to 100, where scores can be."""
+    draw(network, seed)
+    with torch.no_grad():
+        list(network.head.parameters())[-1].fill_(50.0)
+
+
 def draw_captioner(network: Any, seed: int) -> Any:
     """Tag2Text that says something else of another image, and ends its captions where it may."""
     draw(network, seed)
@@ -54,9 +61,7 @@ def draw_captioner(network: Any, seed: int) -> Any:
         for name, parameter in network.named_parameters():
             if name.endswith("crossattention.output.dense.weight"):
                 parameter.mul_(20)
-        bias = network.text_decoder.cls.predictions.bias
-        bias[network.tokenizer.convert_tokens_to_ids(list(SAID))] = LIKELY
-        bias[network.tokenizer.sep_token_id] = ENDS
+        network.text_decoder.cls.predictions.bias[network.tokenizer.sep_token_id] = ENDS
     return network
 
 
@@ -105,7 +110,7 @@ def random_weights(seed: int) -> Iterator[None]:
             (nn.Module, "load_state_dict", load),
             (clip, "load", clip_load),
             (vbench.utils, "subprocess", types.SimpleNamespace(run=lambda *_, **__: None)),
-            (musiq_arch, "load_pretrained_network", lambda network, *_, **__: draw(network, seed)),
+            (musiq_arch, "load_pretrained_network", lambda network, *_, **__: draw_judge(network, seed)),
             (aesthetic_quality, "get_aesthetic_model", lambda _: draw(nn.Linear(768, 1), seed)),
             (tag2text, "load_checkpoint_swinbase", lambda network, *_: (draw_captioner(network, seed), None)),
             (tag2text.BertModel, "from_pretrained", lambda _, config, **named: tag2text.BertModel(config, **named)),
