@@ -160,6 +160,8 @@ def contrasts(samples: Sequence[Sample]) -> list[Contrast]:
     Raises:
         ValueError: two are not over the same clips.
     """
+    if not samples:
+        return []
     first = samples[0]
     if any(len(one.seeds) > 1 or one.prompts != first.prompts or (one.count != first.count).any() for one in samples) or len(first.prompts) < 2:
         return [contrast(one, paired(one, other)) for one, other in itertools.combinations(samples, 2)]

@@ -353,6 +353,7 @@ def test_rank_intervals_hold_all_true_ranks_as_often_as_they_say() -> None:
     alike = sample([1.0, 2.0, 3.0], range(3))
     assert statistics.ranks([alike, alike, alike], higher_is_better=True) == [(1, 3)] * 3
     assert statistics.ranks([alike], higher_is_better=True) == [(1, 1)]
+    assert statistics.ranks([], higher_is_better=True) == []
 
 
 @pytest.mark.parametrize("kind", ["plain", "unequal", "seeds", "alike"])
