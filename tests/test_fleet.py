@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,38 @@ def workers_of(parent: int) -> list[int]:
         found |= more
         grown = bool(more)
     return [pid for pid in found if pid in parents and parents[pid][1].startswith("ray::_Worker")]
+
+
+@pytest.mark.slow  # each death is a new worker that imports everything, at the low priority that Ray gives it
+def test_scores_are_those_of_one_process_whoever_is_killed(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that judge are killed at random, and the asker stops in the middle; what it was told by then is not asked again."""
+    monkeypatch.setattr(evaluate, "AT_ONCE", 1)
+    alone = generate.generate(models.write(tmp_path), write_suite(tmp_path, prompts=PROMPTS, samples=3))
+    spread = Path(shutil.copytree(alone, tmp_path / "spread"))
+    evaluate.evaluate(alone, ["motion"])
+    rng, deaths, told = random.Random(0), 0, fleet.spread
+
+    def deadly(*arguments: Any) -> Iterator[Any]:
+        nonlocal deaths
+        answers: Any = told(*arguments)
+        with contextlib.closing(answers):  # its workers go with it
+            for number, answer in enumerate(answers):
+                if deaths == 2 and number > 4:
+                    deaths += 1
+                    raise KeyboardInterrupt
+                yield answer
+                if deaths < 2 and (living := workers_of(os.getpid())):
+                    os.kill(rng.choice(living), signal.SIGKILL)
+                    deaths += 1
+
+    monkeypatch.setattr(fleet, "spread", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(spread, ["motion"], engine="ray", workers=2)
+    assert deaths == 3 and not (spread / "scores" / "motion.json").exists()
+    evaluate.evaluate(spread, ["motion"], engine="ray", workers=2)
+    assert scores_of(spread) == scores_of(alone) and len(scores_of(alone)) == 1
+    kept: list[dict[str, Any]] = records.read_rows(spread / "scores" / "motion.ledger.jsonl", dict)
+    assert len({row["clip"] for row in kept}) == len(kept) == 12, "each clip once"
 
 
 def test_clips_and_scores_are_those_of_one_process_whoever_is_killed(tmp_path: Path, folders: Path) -> None:
