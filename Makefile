@@ -1,6 +1,5 @@
 # make demo         the whole line in miniature: train, generate, score, time, report
-# make test         the tests
-# make test-vbench  the tests that need VBench's own interpreter, which it builds
+# make test         the tests, for which it builds VBench's own interpreter as well
 # make lint         format, style and types
 # make bench        the measurements that benchmarks/ holds, one after another; vbench.py and gpu.py need more than a laptop
 # make clean        removes the environment and caches; runs/ and reports/ stay
@@ -16,18 +15,16 @@ WORKERS ?= 2
 # Packages are compiled when they are first imported, not all at once by pip: a minute less. That needs permission to keep the result.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-vbench lint bench clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/rfbench reproduce toy
 	@echo "That is the page: open it in a browser."
 
+# RFBENCH_VBENCH_PYTHON names an interpreter that is there; RFBENCH_SLOW=1 adds what takes minutes and large networks.
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -q -n $(WORKERS)
-
-# What compares VBench's two drivers: 2.5 GB of packages and some minutes; RFBENCH_SLOW=1 adds the large networks.
-test-vbench: $(VENV)/ready-dev
-	RFBENCH_VBENCH_PYTHON="$${RFBENCH_VBENCH_PYTHON:-$$($(BIN)/rfbench env vbench)}" && export RFBENCH_VBENCH_PYTHON && $(BIN)/python -m pytest -q tests/test_vbench_worker.py tests/test_vbench_drivers.py tests/test_vbench_long.py
+	@export RFBENCH_VBENCH_PYTHON="$${RFBENCH_VBENCH_PYTHON:-$$($(BIN)/rfbench env vbench)}" && \
+	test -n "$$RFBENCH_VBENCH_PYTHON" && $(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .

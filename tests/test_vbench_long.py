@@ -114,7 +114,7 @@ def test_some_frames_of_a_file_are_read_as_they_are(tmp_path):
 def original():
     python = os.environ.get("RFBENCH_VBENCH_PYTHON", "")
     if not python:
-        pytest.skip("needs the environment vbench; `make test-vbench` builds it")
+        pytest.skip("needs the environment vbench; `make test` builds it")
     where = "import importlib.util as u; print(u.find_spec('vbench2_beta_long').origin)"
     origin = subprocess.run([python, "-P", "-c", where], capture_output=True, text=True, check=True).stdout.strip()
     known = {"os": os, "re": re, "yaml": yaml, "bisect_left": bisect.bisect_left, "defaultdict": collections.defaultdict}
