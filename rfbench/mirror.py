@@ -28,15 +28,15 @@ from rfbench.errors import UserError
 from rfbench.progress import say
 from rfbench.records import Run
 from rfbench.settings import settings
+from rfbench.store import Store, open_store
 
 EVERY_S = 60.0  # between two sendings: what a machine that is lost has made since is made again
 AT_ONCE = 16  # transfers
 SMALL = 2**22  # bytes of a file that is read at once
-WHOLE = ("abfs", "abfss", "az", "gcs", "gs", "memory", "oss", "s3", "s3a")  # where a file that is written appears as a whole
-RENAMING = ("file", "hdfs", "local", "sftp", "smb", "ssh")  # where it grows under its name, but a rename is whole
 ALONE = "alone"  # the writer that is no shard
 REMEMBERED = ".mirror.{}.json"  # in a run: the manifest of a writer, as it was when here and there were last the same
 RUN, VIDEOS, SCORES = "run.json", "videos/", "scores/"
+TALK = "work/"  # what other interpreters were last asked and print: nobody goes on from it
 
 
 @dataclass(frozen=True)
@@ -113,96 +113,13 @@ def _copy_of(directory: Path, writer: str | None) -> _Copy | None:
     url, runs, place = settings().mirror, settings().runs.resolve(), directory.resolve()
     if url is None or not place.is_relative_to(runs):
         return None
-    return _Copy(_open(url, place.relative_to(runs).as_posix()), directory, writer or ALONE)
-
-
-def _open(url: str, below: str) -> _Store:
-    """A folder of the mirror.
-
-    Raises:
-        UserError: files do not appear there as a whole, or what it takes is not installed.
-    """
-    from fsspec.core import url_to_fs
-
-    protocol = url.partition("://")[0]
-    if protocol not in WHOLE + RENAMING:
-        known = ", ".join(sorted(WHOLE + RENAMING))
-        raise UserError(f"paths.mirror is {url}, where nobody promises that files appear as a whole; name a place of one of these kinds: {known}")
-    try:
-        fs, root = url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"paths.mirror is {url}, which cannot be used from here ({error}); install that, or name another place") from None
-    return _Store(fs, f"{root.rstrip('/')}/{below}", f"{url.rstrip('/')}/{below}", protocol in RENAMING)
-
-
-@dataclass(frozen=True)
-class _Store:
-    """A folder over there."""
-
-    fs: Any
-    root: str
-    url: str  # as people know it
-    renames: bool
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Whatever keeps a store from its work, as one sentence."""
-        try:
-            yield
-        except Exception as error:  # each store raises what its own library has
-            why = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise UserError(f"{self.url} cannot be used ({why}); what was made here is kept, and the same command goes on", code=1) from error
-
-    def names(self, pattern: str) -> list[str]:
-        """What lies directly in it and matches."""
-        with self._explained():
-            try:
-                found = self.fs.ls(self.root, detail=False)
-            except FileNotFoundError:
-                return []
-        return sorted(name for path in found if re.fullmatch(pattern, name := path.rstrip("/").rpartition("/")[2]))
-
-    def read(self, name: str) -> bytes | None:
-        """A small file, if it is there."""
-        with self._explained():
-            try:
-                return bytes(self.fs.cat_file(f"{self.root}/{name}"))
-            except FileNotFoundError:
-                return None
-
-    def fetch(self, name: str, target: Path) -> bool:
-        """Copy a file to here; whether it was there."""
-        with self._explained():
-            try:
-                self.fs.get_file(f"{self.root}/{name}", str(target))
-            except FileNotFoundError:
-                return False
-            return True
-
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Under the name there is all of it or nothing, whenever this process ends."""
-        with self._explained():
-            folder, _, last = f"{self.root}/{name}".rpartition("/")
-            place = f"{folder}/.{last}.tmp" if self.renames else f"{folder}/{last}"
-            if self.renames:
-                self.fs.makedirs(folder, exist_ok=True)
-            if isinstance(content, bytes):
-                self.fs.pipe_file(place, content)
-            else:
-                self.fs.put_file(str(content), place)
-            if self.renames:
-                self.fs.mv(place, f"{folder}/{last}")
-
-    def remove(self, name: str) -> None:
-        """A file, or without a name all."""
-        with self._explained(), contextlib.suppress(FileNotFoundError):
-            self.fs.rm(f"{self.root}/{name}".rstrip("/"), recursive=not name)
+    return _Copy(open_store(url, place.relative_to(runs).as_posix()), directory, writer or ALONE)
 
 
 class _Copy:
     """A run directory and its copy, as one writer has them."""
 
-    def __init__(self, store: _Store, directory: Path, writer: str) -> None:
+    def __init__(self, store: Store, directory: Path, writer: str) -> None:
         self.store, self.directory, self.writer = store, directory, writer
         self.sent = Manifest()  # this writer's, as it is over there
         self.there: set[str] = set()  # names over there that are known to be whole
@@ -323,6 +240,10 @@ class _Copy:
             return
         new = {name: content for path, (sha256, content) in found.items() if (name := _name(path, sha256)) not in self.there}
         _each(lambda item: self.store.put(*item), new.items())
+        for path in [path for path, (sha256, _) in found.items() if _name(path, sha256) in new and not self._is_still(path, sha256)]:
+            self.store.remove(name := _name(path, manifest.files.pop(path)))  # it came to be something else on the way
+            del new[name]
+            manifest.files.update({path: self.sent.files[path]} if path in self.sent.files else {})
         self.store.put(f"manifest.{self.writer}.json", records.canonical(dataclasses.asdict(manifest)).encode())
         records.write_json(self.directory / REMEMBERED.format(self.writer), manifest)
         old = {name for name in self.sent.names - manifest.names if not name.startswith(VIDEOS)}
@@ -337,7 +258,7 @@ class _Copy:
                 break
         _, rows = found.get("clips.jsonl" if self.writer == ALONE else f"clips.{self.writer}.jsonl", ("", b""))
         for clip in map(json.loads, bytes(rows).splitlines()):
-            if (self.directory / clip["file"]).is_file():
+            if _is_below(clip["file"]) and (self.directory / clip["file"]).is_file():
                 found[clip["file"]] = clip["sha256"], self.directory / clip["file"]
         return found
 
@@ -346,7 +267,7 @@ class _Copy:
         for path in self.directory.rglob("*"):
             name = path.relative_to(self.directory).as_posix()
             writer = re.search(r"\.(\d+of\d+)\.", path.name)
-            if name.startswith((VIDEOS, SCORES)) or "/." in f"/{name}" or (writer and writer[1] != self.writer) or not path.is_file():
+            if name.startswith((VIDEOS, SCORES, TALK)) or "/." in f"/{name}" or (writer and writer[1] != self.writer) or not path.is_file():
                 continue
             yield name, path
 
@@ -361,6 +282,13 @@ class _Copy:
             self.hashes[path] = mark, records.sha256_of(path)
         return self.hashes[path][1], path
 
+    def _is_still(self, path: str, sha256: str) -> bool:
+        """Whether a file that was read as a stream was the same all the while; videos are, and what was read at once."""
+        about = self.hashes.get(self.directory / path)
+        with contextlib.suppress(FileNotFoundError):
+            return about is None or about[1] != sha256 or self._content(self.directory / path)[0] == sha256
+        return False
+
 
 class _DamagedError(Exception):
     """What came is not what was sent."""
@@ -372,11 +300,26 @@ def _name(path: str, sha256: str) -> str:
     return str(whole.with_name(f"{whole.stem}.{sha256[:16]}{whole.suffix}"))
 
 
+def _is_below(path: str) -> bool:
+    """Whether it is a path of something below a directory that is not hidden there."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and not any(part.startswith((".", "/")) for part in parts)
+
+
 def _parsed(content: bytes, where: str) -> Manifest:
+    """A manifest, whose files lie in the run.
+
+    Raises:
+        UserError: it is not one (code 1).
+    """
     try:
-        return records.from_fields(Manifest, json.loads(content), where=where)
-    except ValueError:
-        raise UserError(f"{where} is damaged; restore it, or start over with --fresh", code=1) from None
+        found = Manifest(**json.loads(content))
+        right = all(_is_below(path) and re.fullmatch(r"[0-9a-f]{64}", sha256) for path, sha256 in found.files.items())
+    except (ValueError, TypeError, AttributeError):
+        right = False
+    if not right or not isinstance(found.run, str | None):
+        raise UserError(f"{where} is damaged; restore it, or start over with --fresh", code=1)
+    return found
 
 
 def _each(do: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

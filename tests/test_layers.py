@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "registry", "records"},
     {
         *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
-        *("vbench", "published", "envs", "processes", "mirror"),
+        *("vbench", "published", "envs", "processes", "store", "mirror"),
     },
     {"attention", "kernels", "transfer", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "fleet", "phases"},
     {

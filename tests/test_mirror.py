@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from rfbench import evaluate, generate, mirror, provenance, records
+from rfbench import evaluate, generate, mirror, provenance, records, store
 from rfbench.errors import UserError
 from tests import models
 from tests.test_cli import call
@@ -292,6 +292,7 @@ def test_a_line_that_is_being_written_does_not_travel(machine, tmp_path):
     ("url", "sentence"),
     [
         ("http://example.org/runs", "paths.mirror is http://example.org/runs, where nobody promises that files appear as a whole"),
+        ("smb://host/runs", "paths.mirror is smb://host/runs, where nobody promises that files appear as a whole"),  # no rename over a manifest
         ("s3://bucket/runs", r"paths.mirror is s3://bucket/runs, which cannot be used from here \(Install s3fs to access S3\)"),
         ("/mnt/bucket", "'mirror' is /mnt/bucket; write an address such as s3://bucket/runs"),
     ],
@@ -308,3 +309,93 @@ def test_a_place_that_cannot_give_it_is_refused(machine, asked, url, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
         generate.generate(*asked)
     assert raised.value.code == 2 and not list(runs.rglob("run.json"))
+
+
+OUTSIDE = ["../../../outside.bin", "{root}/outside.bin", "videos/../../../../outside.bin", ".", "..", ""]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_what_a_store_says_stays_in_the_run(machine, tmp_path, path):
+    """Whoever can write there must not get files written, or read and sent, anywhere else here."""
+    url = f"file://{tmp_path}/store"
+    directory = machine("runs", url) / "bench" / "a" / "b"
+    directory.mkdir(parents=True)
+    path, content = path.format(root=tmp_path), b"theirs"
+    sha256 = hashlib.sha256(content).hexdigest()
+    copy = tmp_path / "store" / "bench" / "a" / "b"
+    copy.mkdir(parents=True)
+    there = (copy / path).parent / f"{Path(path).stem}.{sha256[:16]}{Path(path).suffix}"
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.write_bytes(content)
+    (copy / "manifest.alone.json").write_text(json.dumps({"files": {path: sha256}, "run": None}))
+    with pytest.raises(UserError, match=r"manifest\.alone\.json is damaged"), mirror.following(directory, None):
+        pass
+    assert not list(tmp_path.rglob("outside.bin"))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": "../../x"}}', '{"files": {}, "run": 1}', "\xff"])
+def test_a_manifest_that_is_none_is_refused(machine, tmp_path, text):
+    directory = machine("runs", f"file://{tmp_path}/store") / "x"
+    directory.mkdir(parents=True)
+    (tmp_path / "store" / "x").mkdir(parents=True)
+    (tmp_path / "store" / "x" / "manifest.alone.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"manifest\.alone\.json") as raised, mirror.following(directory, None):
+        pass
+    assert raised.value.code == 1
+
+
+def test_rows_make_nothing_outside_of_the_run_travel(machine, tmp_path):
+    directory = machine("runs", f"file://{tmp_path}/store") / "x"
+    directory.mkdir(parents=True)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    for number, file in enumerate([str(secret), "../../../secret.txt", "../../" * 9 + str(secret)[1:]]):
+        (directory / "clips.jsonl").write_text(json.dumps({"file": file, "sha256": f"{number:064x}"}) + "\n")
+        with mirror.following(directory, None):
+            pass
+    assert not [path for path in tmp_path.rglob("secret*") if path != secret]
+    assert not any(content == b"secret" for content in contents(f"file://{tmp_path}/store").values())
+
+
+def test_shards_on_one_disk_send_what_is_their_own(machine, tmp_path):
+    url = f"file://{tmp_path}/store"
+    directory = machine("one", url) / "bench" / "x"
+    for writer in ("0of2", "1of2"):
+        (directory / "work" / writer).mkdir(parents=True)
+    for writer in ("0of2", "1of2"):
+        with mirror.following(directory, writer):
+            for each in ("0of2", "1of2"):  # both workers print all the time
+                (directory / "work" / each / "log.txt").write_text(f"as {writer} has seen it")
+    fresh = machine("two", url) / "bench" / "x"
+    fresh.mkdir(parents=True)
+    with mirror.following(fresh, None):
+        pass
+
+
+def test_a_large_file_that_grows_while_it_travels_is_sent_when_it_is_still(machine, tmp_path, monkeypatch):
+    url = f"file://{tmp_path}/store"
+    monkeypatch.setattr(mirror, "SMALL", 4)
+    directory = machine("one", url) / "train" / "x"
+    directory.mkdir(parents=True)
+    (directory / "events.out").write_bytes(b"first step\n")
+    put, grown = store.Store.put, list[str]()
+
+    def while_it_grows(there: Any, name: str, content: Any) -> None:
+        if name.startswith("events") and not grown:
+            grown.append(name)
+            with (directory / "events.out").open("ab") as file:
+                file.write(b"second step\n")
+        put(there, name, content)
+
+    monkeypatch.setattr(store.Store, "put", while_it_grows)
+    with mirror.following(directory, None):
+        pass
+    assert grown
+    check(url)
+    with mirror.following(directory, None):
+        pass
+    fresh = machine("two", url) / "train" / "x"
+    fresh.mkdir(parents=True)
+    with mirror.following(fresh, None):
+        pass
+    assert (fresh / "events.out").read_bytes() == b"first step\nsecond step\n"
