@@ -27,7 +27,7 @@ REWARDS: dict[str, str] = {"toy_motion": "rfbench.reward:toy_motion", "videorewa
 # Metrics of the scorers that judge what a reward judges: whoever was trained on it saw them, and their cells are marked.
 JUDGED: dict[str, tuple[str, ...]] = {
     "toy_motion": ("motion.speed", "motion.dynamic_degree", "motion.motion_smoothness"),
-    "videoreward_mq": ("videoreward.MQ", "videoreward.overall"),
+    "videoreward_mq": ("videoreward.MQ", "videoreward.MQ_raw", "videoreward.overall"),
 }
 SPEED_UNIT = 0.25  # px per frame that are worth one point: about the mean and the spread of open speeds
 JITTER_UNIT = 0.2  # px of mean second difference that cost one point

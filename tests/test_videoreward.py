@@ -471,7 +471,7 @@ def test_the_scorer_says_what_the_model_says_of_the_decoded_file(installed: Path
     scorer = pick(SCORERS, "videoreward", what="scorer")
     clips = [filmed(tmp_path, "0000-0", "a red disc", 33), filmed(tmp_path, "0001-0", "a blue square", 21)]
     rows = answered(scorer, clips, tmp_path)
-    assert len(rows) == 8 and {row.metric for row in rows} == set(scorer.metrics) == {*AXES, "overall"}
+    assert len(rows) == 14 and {row.metric for row in rows} == set(scorer.metrics) == {*AXES, "overall", *(f"{axis}_raw" for axis in AXES)}
     judge = model.load()
     assert judge.network.rm_head.weight.dtype == torch.bfloat16
     for clip in clips:
@@ -480,16 +480,17 @@ def test_the_scorer_says_what_the_model_says_of_the_decoded_file(installed: Path
         values = {row.metric: row.value for row in rows if row.clip == clip.id}
         assert [values[axis] for axis in AXES] == pytest.approx(wanted, abs=0.05)  # bfloat16, another batch
         assert values["overall"] == pytest.approx(sum(values[axis] for axis in AXES))
+        assert [values[f"{axis}_raw"] for axis in AXES] == pytest.approx(judge.raw([shown], [clip.prompt])[0].tolist(), abs=0.05)
 
 
 def test_the_scorers_version_is_that_of_its_weights(installed: Path, tmp_path: Path) -> None:
     scorer = pick(SCORERS, "videoreward", what="scorer")
-    assert scorer.version == f"1-{records.sha256_of(installed / WEIGHTS)[:12]}"
+    assert scorer.version == f"2-{records.sha256_of(installed / WEIGHTS)[:12]}"
     assert all(isinstance(metric, Metric) and metric.higher_is_better for metric in scorer.metrics.values())
     run = fake_runs.write_bench(tmp_path, "student", "short", ["a red disc", "a blue square"], samples=1)
     evaluate.evaluate(run, ["videoreward"])
     note = json.loads((run / "scores" / "videoreward.json").read_text())
-    assert note["version"] == scorer.version and len(records.read_rows(run / "scores" / "videoreward.jsonl", Score)) == 8
+    assert note["version"] == scorer.version and len(records.read_rows(run / "scores" / "videoreward.jsonl", Score)) == 14
 
 
 def test_a_clip_that_cannot_be_shown_is_refused_by_name(installed: Path, tmp_path: Path) -> None:
@@ -513,7 +514,7 @@ def test_broken_and_odd_clips_are_scored_or_refused_by_name(installed: Path, tmp
         if kind in (*hostile.UNREADABLE, "one frame"):
             assert not answers[clip.id].rows and str(answers[clip.id].refused).startswith(f"clip {clip.id}: ")
         else:
-            assert len(answers[clip.id].rows) == 4 and all(math.isfinite(row.value) for row in answers[clip.id].rows)
+            assert len(answers[clip.id].rows) == 7 and all(math.isfinite(row.value) for row in answers[clip.id].rows)
 
 
 def test_the_released_scorer_shows_all_frames_at_one_size_in_the_wrong_range(installed: Path, tmp_path: Path) -> None:

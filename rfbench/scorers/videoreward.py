@@ -27,6 +27,9 @@ METRICS = {
     "MQ": Metric(True, "sd", "VideoReward's motion quality, on the same scale."),
     "TA": Metric(True, "sd", "VideoReward's alignment of video and prompt, on the same scale."),
     "overall": Metric(True, "sd", "Sum of the three."),
+    "VQ_raw": Metric(True, "", "VideoReward's visual quality as its head gives it."),
+    "MQ_raw": Metric(True, "", "VideoReward's motion quality as its head gives it."),
+    "TA_raw": Metric(True, "", "VideoReward's alignment of video and prompt as its head gives it."),
 }
 
 
@@ -47,7 +50,7 @@ class VideoRewardScorer:
             UserError: they are missing.
         """
         files = [path for name, path in model.files().items() if name not in (model.ABOUT, model.TOKENIZER)]
-        return f"1-{sha256_of(files)[:12]}"
+        return f"2-{sha256_of(files)[:12]}"
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -55,7 +58,7 @@ class VideoRewardScorer:
         return {name: sha256_of([path]) for name, path in model.files().items()}
 
     def score(self, clips: list[Clip], out: Path) -> Iterator[Answer]:
-        """Four rows for every clip; refused is one whose video is missing, altered, broken or of an impossible shape, or has a
+        """Seven rows for every clip; refused is one whose video is missing, altered, broken or of an impossible shape, or has a
         single frame, or whose prompt has one of the model's special tokens.
 
         Raises:
@@ -75,9 +78,9 @@ class VideoRewardScorer:
                     refused.append(Answer(clip.id, refused=f"clip {clip.id}: {error}"))
 
         for batch in batches(shown()):
-            scores_B3 = judge.score([frame_TCHW for _, frame_TCHW in batch], [clip.prompt for clip, _ in batch])
-            for (clip, _), values in zip(batch, scores_B3.tolist(), strict=True):
-                named = zip(METRICS, (*values, sum(values)), strict=True)
+            raw_B3 = judge.raw([frame_TCHW for _, frame_TCHW in batch], [clip.prompt for clip, _ in batch])
+            for (clip, _), values, raw in zip(batch, judge.normalised(raw_B3).tolist(), raw_B3.tolist(), strict=True):
+                named = zip(METRICS, (*values, sum(values), *raw), strict=True)
                 yield Answer(clip.id, tuple(Score(clip.id, metric, value) for metric, value in named))
         yield from refused
 

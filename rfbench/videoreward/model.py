@@ -87,7 +87,11 @@ class VideoReward:
         Raises:
             UserError: a prompt contains one of the model's own special tokens.
         """
-        return (self.raw(videos, prompts) - torch.tensor(self.about.mean)) / torch.tensor(self.about.std)
+        return self.normalised(self.raw(videos, prompts))
+
+    def normalised(self, raw_B3: Tensor) -> Tensor:
+        """What the head gives, on the scale of `score`."""
+        return (raw_B3 - torch.tensor(self.about.mean)) / torch.tensor(self.about.std)
 
     @torch.no_grad()
     def raw(self, videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
