@@ -20,7 +20,7 @@ from rfbench.backbones.wan import backbone as wan
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.backbones.wan.text import key_map
 from rfbench.backbones.wan.vae import WanDecoder, WanEncoder
-from rfbench.backbones.wan.vae22 import WanVAE22
+from rfbench.backbones.wan.vae22 import VAE22Cfg
 from rfbench.config import CacheCfg, SamplerCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.sampler import generate, stream, timesteps
@@ -173,7 +173,7 @@ def test_the_generation_of_2_2_has_its_sizes_and_its_own_autoencoder():
 def test_pixels_of_2_2_go_through_its_own_autoencoder():
     made = open_backbone("wan2.2-5b", reduced=True, precision="float32")
     made.fresh(0)
-    assert isinstance(made, wan.WanBackbone) and isinstance(made.vae, WanVAE22)
+    assert isinstance(made, wan.WanBackbone) and isinstance(made.member.vae, VAE22Cfg)
     pixels = made.decoder()(normal(1, 3, 48, 4, 6))
     assert pixels.shape == (1, 9, 3, 64, 96)
     assert torch.equal(made.encode_pixels(pixels), WanEncoder(made.vae)(pixels))

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rfbench.backbones.base import pixel_frames
-from rfbench.backbones.wan.vae import AT_ONCE, VAECfg, WanDecoder, WanEncoder, WanVAE
-from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22, averaged, diffusers_names, into_channels, out_of_channels, repeated
+from rfbench.backbones.wan.vae import AT_ONCE, VAECfg, WanDecoder, WanEncoder, WanVAE, diffusers_names, folded, unfolded
+from rfbench.backbones.wan.vae22 import VAE22Cfg, averaged, repeated
 from rfbench.errors import UserError
 from tests.test_wan_vae import CHUNKS, ROUNDING, check_half_precision, chunked, randomised
 from tests.tiny import distance, normal
@@ -33,8 +33,8 @@ CONFIGS = (
 
 
 @functools.cache
-def wan(cfg: VAE22Cfg = CFG) -> WanVAE22:
-    return randomised(WanVAE22(cfg))
+def wan(cfg: VAE22Cfg = CFG) -> WanVAE:
+    return randomised(WanVAE(cfg))
 
 
 def latents(frames: int, batch: int = 1) -> Tensor:
@@ -44,7 +44,7 @@ def latents(frames: int, batch: int = 1) -> Tensor:
 def test_names_shapes_and_normalisation_are_those_of_the_reference() -> None:
     about = json.loads(KEYS.read_text(encoding="utf-8"))
     with torch.device("meta"):
-        model = WanVAE22(VAE22Cfg())
+        model = WanVAE(VAE22Cfg())
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == about["tensors"]
     assert sum(parameter.numel() for parameter in model.parameters()) == about["num_parameters"] == 704_688_668
     assert {name: json.loads(json.dumps(getattr(model.cfg, name))) for name in about["config"]} == about["config"]
@@ -66,12 +66,12 @@ def diffusers_vae(cfg: VAE22Cfg) -> Any:
 
 @pytest.mark.parametrize("cfg", CONFIGS, ids=range(len(CONFIGS)))
 def test_diffusers_weights_give_diffusers_results(cfg: VAE22Cfg) -> None:
-    theirs, ours = diffusers_vae(cfg), WanVAE22(cfg)
+    theirs, ours = diffusers_vae(cfg), WanVAE(cfg)
     names = diffusers_names(cfg)
     assert len(set(names.values())) == len(names)
     assert set(names.values()) == set(theirs.state_dict())
     ours.load(theirs.state_dict(), "weights")
-    again = WanVAE22(cfg)
+    again = WanVAE(cfg)
     again.load({name: theirs.state_dict()[names[name]] for name in names}, "weights")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
 
@@ -89,7 +89,7 @@ def test_diffusers_weights_give_diffusers_results(cfg: VAE22Cfg) -> None:
 
 
 def test_half_precision_loses_no_more_than_op_by_op() -> None:
-    check_half_precision(diffusers_vae(CFG), WanVAE22(CFG), normal(2, 9, 3, 32, 32).tanh(), latents(4, batch=2))
+    check_half_precision(diffusers_vae(CFG), WanVAE(CFG), normal(2, 9, 3, 32, 32).tanh(), latents(4, batch=2))
 
 
 def test_shortcuts_of_equal_width_are_pooling_and_nearest_neighbours() -> None:
@@ -106,9 +106,9 @@ def test_shortcuts_of_equal_width_are_pooling_and_nearest_neighbours() -> None:
 
 def test_pixels_become_channels_and_come_back() -> None:
     x_BTHWC = normal(2, 3, 4, 6, 3)
-    patches = into_channels(x_BTHWC)
+    patches = folded(x_BTHWC, 2)
     assert patches.shape == (2, 3, 2, 3, 12)
-    assert torch.equal(out_of_channels(patches), x_BTHWC)
+    assert torch.equal(unfolded(patches, 2), x_BTHWC) and torch.equal(folded(x_BTHWC, 1), x_BTHWC)
     for channel in range(3):
         for row in range(2):
             for column in range(2):
@@ -159,9 +159,9 @@ def test_a_clip_does_not_see_its_neighbour_or_the_future() -> None:
 @pytest.mark.parametrize(
     ("model", "tensors", "says"),
     [
-        (lambda: WanVAE22(CFG), lambda: WanVAE(VAECfg(dim=4)).state_dict(), "lacks .* tensor"),
-        (lambda: WanVAE(VAECfg(dim=4)), lambda: WanVAE22(CFG).state_dict(), "lacks .* tensor"),
-        (lambda: WanVAE22(CFG), lambda: WanVAE22(VAE22Cfg(dim=4, decoder_dim=4, num_res_blocks=1, **FOUR)).state_dict(), "another shape"),
+        (lambda: WanVAE(CFG), lambda: WanVAE(VAECfg(dim=4)).state_dict(), "lacks .* tensor"),
+        (lambda: WanVAE(VAECfg(dim=4)), lambda: WanVAE(CFG).state_dict(), "lacks .* tensor"),
+        (lambda: WanVAE(CFG), lambda: WanVAE(VAE22Cfg(dim=4, decoder_dim=4, num_res_blocks=1, **FOUR)).state_dict(), "another shape"),
     ],
     ids=["2.1 for 2.2", "2.2 for 2.1", "size"],
 )

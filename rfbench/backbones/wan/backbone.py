@@ -22,7 +22,7 @@ from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
 from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
-from rfbench.backbones.wan.vae22 import VAE22Cfg, WanVAE22
+from rfbench.backbones.wan.vae22 import VAE22Cfg
 from rfbench.config import Streamed, WeightsCfg
 from rfbench.settings import settings
 from rfbench.weights import load_into, read_tensors
@@ -119,7 +119,7 @@ class WanBackbone(nn.Module):
         self.shape = VideoShape(member.dit.in_dim, rows, columns, member.height, member.width, member.fps)
         with torch.device("meta"):
             self.denoiser = WanDiT(self.member.dit)
-            self.vae: WanVAE | WanVAE22 = WanVAE22(member.vae) if isinstance(member.vae, VAE22Cfg) else WanVAE(member.vae)
+            self.vae = WanVAE(member.vae)
             self.tiny = TinyVAE(member.dit.in_dim) if decoder == "tiny" else None
         self.denoiser.store(self.dtype)  # while nothing takes memory yet: tensors are converted one by one as they come in
         self.vae.to(self.vae_dtype)
@@ -169,7 +169,7 @@ class WanBackbone(nn.Module):
 
     @property
     def _vae_file(self) -> WeightsCfg:
-        return VAE22 if isinstance(self.vae, WanVAE22) else VAE
+        return VAE22 if isinstance(self.member.vae, VAE22Cfg) else VAE
 
     @property
     def _device(self) -> torch.device:

@@ -14,7 +14,7 @@ Shapes: B batch, T pixel frames or frames of whatever rate, F latent frames, C c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -82,6 +82,25 @@ class VAECfg:
     def patch(self) -> int:
         """Pixel rows (and columns) per latent row."""
         return int(2 ** (len(self.dim_mult) - 1))
+
+    @property
+    def fold(self) -> int:
+        return 1
+
+    def encoder(self) -> Network:
+        return encoder(self)
+
+    def decoder(self) -> Network:
+        return decoder(self)
+
+    def in_diffusers(self, name: str) -> str:
+        """Its decoder groups layers by resolution, some residual blocks and a resampling each; its encoder leaves them in one row."""
+        assert not self.attn_scales, "diffusers' decoder has attention at the smallest resolution alone"
+        if found := re.match(r"decoder\.upsamples\.(\d+)\.", name):
+            group, layer = divmod(int(found[1]), self.num_res_blocks + 2)
+            last = layer > self.num_res_blocks
+            return f"decoder.up_blocks.{group}.{'upsamplers.0' if last else f'resnets.{layer}'}.{name[found.end() :]}"
+        return name
 
 
 class Norm(nn.Module):
@@ -266,60 +285,73 @@ def decoder(cfg: VAECfg) -> Network:
     return Network((cfg.z_dim, first, width, 3), middle=middle(first), upsamples=layers)
 
 
-class WanVAE(nn.Module):
-    """The weights; `WanEncoder` and `WanDecoder` are streams through them."""
-
-    def __init__(self, cfg: VAECfg) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.encoder, self.decoder = encoder(cfg), decoder(cfg)
-        self.conv1, self.conv2 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1), nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
-
-    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
-        """Take the weights of `Wan2.1_VAE.pth` or of diffusers' AutoencoderKLWan, strictly; `where` names them in errors.
-
-        Raises:
-            UserError: they are of another model.
-        """
-        load_either(self, tensors, lambda: diffusers_names(self.cfg), where)
-
-    def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
-        return pointwise(self.conv1, self.encoder(pixel_BTHWC, past))[..., : self.cfg.z_dim]
-
-    def decode(self, z_BFHWC: Tensor, past: Past) -> Tensor:
-        pixel_BTHWC: Tensor = self.decoder(pointwise(self.conv2, z_BFHWC), past)
-        return pixel_BTHWC
-
-
-class Sizes(Protocol):
-    """What streams ask of an autoencoder's configuration."""
+class AutoencoderCfg(Protocol):
+    """What makes an autoencoder of this family: `VAECfg`, or `rfbench.backbones.wan.vae22.VAE22Cfg`."""
 
     @property
     def z_dim(self) -> int: ...
+    @property
+    def fold(self) -> int:
+        """Rows (and columns) of pixels that are channels of one to the networks."""
+
     @property
     def patch(self) -> int: ...
     @property
     def mean(self) -> tuple[float, ...]: ...
     @property
     def std(self) -> tuple[float, ...]: ...
+    def encoder(self) -> Network:
+        """Folded pixels [B, T, H, W, 3 fold^2] -> mean and log variance of latents [B, F, H, W, 2 C]."""
+
+    def decoder(self) -> Network:
+        """Latents [B, F, H, W, C] -> folded pixels [B, T, H, W, 3 fold^2]."""
+
+    def in_diffusers(self, name: str) -> str:
+        """A tensor's name with its layer's place as diffusers' AutoencoderKLWan counts layers."""
 
 
-class Autoencoder(Protocol):
-    """`WanVAE`, or `rfbench.backbones.wan.vae22.WanVAE22`: the weights that a stream runs through."""
+class WanVAE(nn.Module):
+    """The weights; `WanEncoder` and `WanDecoder` are streams through them."""
 
-    conv2: nn.Conv3d
+    def __init__(self, cfg: AutoencoderCfg) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = cfg.encoder(), cfg.decoder()
+        self.conv1, self.conv2 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1), nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
 
-    @property
-    def cfg(self) -> Sizes: ...
+    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
+        """Take the weights of the published file or of diffusers' AutoencoderKLWan, strictly; `where` names them in errors.
 
-    def encode(self, pixel_BTHWC: Tensor, past: Past, /) -> Tensor:
+        Raises:
+            UserError: they are of another model.
+        """
+        if "decoder.conv_in.weight" in tensors:
+            original = {their: ours for ours, their in diffusers_names(self.cfg).items()}
+            tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
+        load_into(self, tensors, where=where)
+
+    def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
         """Means of the latents [B, F, H, W, C] that the stream's next pixel frames make."""
+        return pointwise(self.conv1, self.encoder(folded(pixel_BTHWC, self.cfg.fold), past))[..., : self.cfg.z_dim]
 
-    def decode(self, z_BFHWC: Tensor, past: Past, /) -> Tensor:
+    def decode(self, z_BFHWC: Tensor, past: Past) -> Tensor:
         """Pixels [B, T, H, W, 3] that the stream's next latent frames make."""
+        return unfolded(self.decoder(pointwise(self.conv2, z_BFHWC), past), self.cfg.fold)
 
 
-def latent_scale(vae: Autoencoder) -> Tensor:
+def folded(x_BTHWC: Tensor, fold: int) -> Tensor:
+    """`fold` x `fold` neighbours become channels of one, their rows fastest, then their columns; with 1 nothing moves."""
+    x = x_BTHWC.unflatten(3, (-1, fold)).unflatten(2, (-1, fold))
+    return x.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
+
+
+def unfolded(x_BTHWC: Tensor, fold: int) -> Tensor:
+    """The inverse of `folded`."""
+    x = x_BTHWC.unflatten(-1, (-1, fold, fold))
+    return x.permute(0, 1, 2, 6, 3, 5, 4).flatten(4, 5).flatten(2, 3)
+
+
+def latent_scale(vae: WanVAE) -> Tensor:
     """Mean and standard deviation of the latent channels, where the weights are, but in float32 whatever they are in: [2, C]."""
     return torch.tensor((vae.cfg.mean, vae.cfg.std), dtype=torch.float32, device=vae.conv2.weight.device)
 
@@ -329,7 +361,7 @@ class WanDecoder:
 
     approximate = False
 
-    def __init__(self, vae: Autoencoder) -> None:
+    def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
         self.past: Past = {}
         self.mean, self.std = latent_scale(vae)
@@ -346,7 +378,7 @@ class WanDecoder:
 class WanEncoder:
     """Streaming state of a batch of clips being encoded, without gradients: the past, and pixel frames that do not fill a latent frame yet."""
 
-    def __init__(self, vae: Autoencoder) -> None:
+    def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
         self.past: Past = {}
         self.mean, self.std = latent_scale(vae)
@@ -379,32 +411,11 @@ class WanEncoder:
         return ((mean_BFHWC - self.mean) / self.std).permute(0, 1, 4, 2, 3).contiguous()
 
 
-def load_either(vae: nn.Module, tensors: Mapping[str, Tensor], theirs: Callable[[], Mapping[str, str]], where: Any) -> None:
-    """Take weights in their original names, or in those of diffusers, which `theirs` gives: original name -> theirs.
-
-    Raises:
-        UserError: they are of another model.
-    """
-    if "decoder.conv_in.weight" in tensors:
-        original = {their: ours for ours, their in theirs().items()}
-        tensors = {original.get(name, name): tensor for name, tensor in tensors.items()}
-    load_into(vae, tensors, where=where)
-
-
-def diffusers_names(cfg: VAECfg) -> dict[str, str]:
-    """Every tensor of `WanVAE(cfg)`: its original name -> its name in diffusers' AutoencoderKLWan, whose decoder knows no `attn_scales`."""
-    assert not cfg.attn_scales, "diffusers' decoder has attention at the smallest resolution alone"
+def diffusers_names(cfg: AutoencoderCfg) -> dict[str, str]:
+    """Every tensor of `WanVAE(cfg)`: its original name -> its name in diffusers' AutoencoderKLWan."""
     with torch.device("meta"):
         originals = WanVAE(cfg).state_dict()
-    return {name: diffusers_name(_grouped(name, cfg.num_res_blocks + 1)) for name in originals}
-
-
-def _grouped(name: str, blocks: int) -> str:
-    """diffusers groups the decoder's layers by resolution, `blocks` of them and a resampling each, and leaves the encoder's in one row."""
-    if found := re.match(r"decoder\.upsamples\.(\d+)\.", name):
-        group, layer = divmod(int(found[1]), blocks + 1)
-        return f"decoder.up_blocks.{group}.{'upsamplers.0' if layer == blocks else f'resnets.{layer}'}.{name[found.end() :]}"
-    return name
+    return {name: diffusers_name(cfg.in_diffusers(name)) for name in originals}
 
 
 def diffusers_name(name: str) -> str:

@@ -11,17 +11,15 @@ Shapes: as in `rfbench.backbones.wan.vae`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import TEMPORAL
-from rfbench.backbones.wan.vae import Network, Past, Resample, ResidualBlock, diffusers_name, load_either, middle, pointwise, through
+from rfbench.backbones.wan.vae import Network, Past, Resample, ResidualBlock, middle, through
 
-PIXELS = 2  # rows (and columns) of pixels that are channels of one
+FOLD = 2  # rows (and columns) of pixels that are channels of one
 
 # Mean and standard deviation of the latent channels, by which the diffusion model's latents are normalised.
 # fmt: off
@@ -59,19 +57,25 @@ class VAE22Cfg:
     @property
     def patch(self) -> int:
         """Pixel rows (and columns) per latent row."""
-        return int(PIXELS * 2 ** (len(self.dim_mult) - 1))
+        return int(self.fold * 2 ** (len(self.dim_mult) - 1))
 
+    @property
+    def fold(self) -> int:
+        return FOLD
 
-def into_channels(x_BTHWC: Tensor) -> Tensor:
-    """2 x 2 neighbours become channels of one, their rows fastest, then their columns."""
-    x = x_BTHWC.unflatten(3, (-1, PIXELS)).unflatten(2, (-1, PIXELS))
-    return x.permute(0, 1, 2, 4, 6, 5, 3).flatten(4)
+    def encoder(self) -> Network:
+        return encoder(self)
 
+    def decoder(self) -> Network:
+        return decoder(self)
 
-def out_of_channels(x_BTHWC: Tensor) -> Tensor:
-    """The inverse of `into_channels`."""
-    x = x_BTHWC.unflatten(-1, (-1, PIXELS, PIXELS))
-    return x.permute(0, 1, 2, 6, 3, 5, 4).flatten(4, 5).flatten(2, 3)
+    def in_diffusers(self, name: str) -> str:
+        """The layers of a resolution are `resnets` and a `downsampler` or `upsampler` there."""
+        if found := re.match(r"(\w+)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.", name):
+            network, way, level, layer = found.groups()
+            last = int(layer) == self.num_res_blocks + (way == "up")
+            return f"{network}.{way}_blocks.{level}.{f'{way}sampler' if last else f'resnets.{layer}'}.{name[found.end() :]}"
+        return name
 
 
 def averaged(x_BTHWC: Tensor, outer: int, times: int, scale: int) -> Tensor:
@@ -131,7 +135,7 @@ def encoder(cfg: VAE22Cfg) -> Network:
         Down(inner, outer, cfg.num_res_blocks, halved=halved, temporal=temporal)
         for inner, outer, (halved, temporal) in zip(widths[:-1], widths[1:], steps, strict=True)
     ]
-    return Network((3 * PIXELS**2, cfg.dim, widths[-1], 2 * cfg.z_dim), downsamples=levels, middle=middle(widths[-1]))
+    return Network((3 * FOLD**2, cfg.dim, widths[-1], 2 * cfg.z_dim), downsamples=levels, middle=middle(widths[-1]))
 
 
 def decoder(cfg: VAE22Cfg) -> Network:
@@ -142,46 +146,4 @@ def decoder(cfg: VAE22Cfg) -> Network:
         Up(inner, outer, cfg.num_res_blocks + 1, doubled=doubled, temporal=temporal)
         for inner, outer, (doubled, temporal) in zip(widths[:-1], widths[1:], steps, strict=True)
     ]
-    return Network((cfg.z_dim, widths[0], widths[-1], 3 * PIXELS**2), middle=middle(widths[0]), upsamples=levels)
-
-
-class WanVAE22(nn.Module):
-    """The weights; `WanEncoder` and `WanDecoder` are streams through them."""
-
-    def __init__(self, cfg: VAE22Cfg) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.encoder, self.decoder = encoder(cfg), decoder(cfg)
-        self.conv1, self.conv2 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1), nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
-
-    def load(self, tensors: Mapping[str, Tensor], where: Any) -> None:
-        """Take the weights of `Wan2.2_VAE.pth` or of diffusers' AutoencoderKLWan, strictly; `where` names them in errors.
-
-        Raises:
-            UserError: they are of another model.
-        """
-        load_either(self, tensors, lambda: diffusers_names(self.cfg), where)
-
-    def encode(self, pixel_BTHWC: Tensor, past: Past) -> Tensor:
-        """Means of the latents [B, F, H, W, C] of the stream's next frames."""
-        return pointwise(self.conv1, self.encoder(into_channels(pixel_BTHWC), past))[..., : self.cfg.z_dim]
-
-    def decode(self, z_BFHWC: Tensor, past: Past) -> Tensor:
-        """Pixels [B, T, H, W, 3] of the stream's next latent frames."""
-        return out_of_channels(self.decoder(pointwise(self.conv2, z_BFHWC), past))
-
-
-def diffusers_names(cfg: VAE22Cfg) -> dict[str, str]:
-    """Every tensor of `WanVAE22(cfg)`: its original name -> its name in diffusers' AutoencoderKLWan with `is_residual`."""
-    with torch.device("meta"):
-        originals = WanVAE22(cfg).state_dict()
-    return {name: diffusers_name(_flat(name, cfg.num_res_blocks)) for name in originals}
-
-
-def _flat(name: str, blocks: int) -> str:
-    """The layers of a resolution are `resnets` and a `downsampler` or `upsampler` to diffusers."""
-    if found := re.match(r"(\w+)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.", name):
-        network, way, level, layer = found.groups()
-        last = int(layer) == blocks + (way == "up")
-        return f"{network}.{way}_blocks.{level}.{f'{way}sampler' if last else f'resnets.{layer}'}.{name[found.end() :]}"
-    return name
+    return Network((cfg.z_dim, widths[0], widths[-1], 3 * FOLD**2), middle=middle(widths[0]), upsamples=levels)
