@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
@@ -189,6 +190,12 @@ def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
 def full(tensor: Tensor) -> Tensor:
     """A tensor that may be split, whole in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def finite(tensors: Any) -> bool:
+    """Whether what this process holds of some tensors (in dictionaries or lists) is finite."""
+    own = [leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(tensors)]
+    return all(bool(part.isfinite().all()) for part in own)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from rfbench.data import ClipDraws, ClipStore, Prompts, draw_clips, draw_prompts
 from rfbench.errors import UserError
 from rfbench.logbook import Row, summary
 from rfbench.methods.base import METHODS, Batch, Draws, Method
-from rfbench.parallel import ALONE, Ranks, full, whole
+from rfbench.parallel import ALONE, Ranks, finite, full, whole
 from rfbench.phases import phase
 from rfbench.progress import Progress, say
 from rfbench.recipes import check, forced, inputs_of, locate
@@ -335,10 +335,28 @@ class Trainer:
         ema = {} if self.ema is None else dict(zip(self.generator.names, self.ema.average, strict=True))
         return {"roles": {role: updater.tensors(primed=primed) for role, updater in self.updaters.items()}, "ema": ema}
 
+    def _sound(self) -> dict[str, Any]:
+        """The same, if all of it is finite in every process; otherwise whoever goes on from it is lost.
+
+        Raises:
+            UserError: says what is not finite (code 1); nothing was written.
+        """
+        found = self._tensors()
+        parts = {f"the {role}'s {kind}": part for role, both in found["roles"].items() for kind, part in both.items()}
+        sound = self.ranks.together({name: torch.tensor([finite(part)]) for name, part in (parts | {"the average": found["ema"]}).items()})
+        lost = [name for name, everywhere in sound.items() if not everywhere.all()]
+        if lost:
+            raise UserError(
+                f"training broke down before step {self.step} was over: {' and '.join(lost)} are not finite, though the gradients were; nothing "
+                "of it is written and the last good checkpoint is kept",
+                code=1,
+            )
+        return found
+
     def _checkpoint(self) -> None:
         steps = {role: updater.steps for role, updater in self.updaters.items()}
         facts = {"updates": steps, "averaging": self.ema is not None, "rng": self.rng.get_state().numpy().tobytes().hex()}
-        resume.save(self.directory / "checkpoints", self.step, self._tensors(), facts, self.ranks)
+        resume.save(self.directory / "checkpoints", self.step, self._sound(), facts, self.ranks)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -382,6 +400,7 @@ class Trainer:
 
     def _finish(self, about: Mapping[str, Any]) -> None:
         """Write what comes out. Tensors are named as in the checkpoints that the backbone reads: what it has beside those is not trained."""
+        self._sound()
         own = self._exact()
         with self._averaged():
             average = None if self.ema is None else self._exact()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from rfbench.parallel import Ranks, joined
 from rfbench.records import read_run
 from rfbench.registry import pick
 from rfbench.settings import HOME, settings
-from rfbench.train import train
+from rfbench.train import Trainer, train
 from tests.ranks import launched
 from tests.test_train import EMA, OPTIM, SCORES, Interrupted, interrupt, tiny, write
 from tests.tiny import CFG, Tiny, distance
@@ -139,9 +140,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(steps: in
     assert sorted(path.name for path in (run_of("killed") / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in (steps - 2, steps - 1)]
 
 
-@pytest.mark.parametrize("who", ["all", "one"])
+@pytest.mark.parametrize("who", ["all", "one", "part"])
 def test_a_failure_is_told_once_and_the_last_good_checkpoint_is_kept(who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient that is not finite in one process is so for all; a reward that fails in one process ends all."""
+    """A gradient that is not finite in one process is so for all; what fails in one process, or is lost of its part of the weights, ends all."""
     kind = pick(METHODS, "dmd", what="method")
     whole, calls = kind.losses, list[int]()
 
@@ -154,11 +155,22 @@ def test_a_failure_is_told_once_and_the_last_good_checkpoint_is_kept(who: str, t
             found = {role: loss * float("nan") for role, loss in found.items()}
         return found, stats
 
-    monkeypatch.setattr(kind, "losses", losses)
+    def advance(self: Trainer) -> Any:
+        row = step(self)
+        if self.step == 4 and self.ranks.rank == 1:
+            self.generator.masters[0].to_local().data.fill_(math.inf)  # type: ignore[attr-defined]
+        return row
+
+    step = Trainer.advance
+    monkeypatch.setattr(*((Trainer, "advance", advance) if who == "part" else (kind, "losses", losses)))
     path = write(tmp_path, "dmd", **FEW, accumulate=2)
     ends = launched(2, lambda: train(path, name="broken"), tmp_path / "broken")
     assert [end.code for end in ends] == [1, 1]
-    sentence = "the reward has run out" if who == "one" else "training broke down at step 3: the generator's gradient is not finite"
+    sentence = {
+        "all": "training broke down at step 3: the generator's gradient is not finite",
+        "one": "the reward has run out",
+        "part": "training broke down before step 4 was over: the generator's weights are not finite",
+    }[who]
     assert "".join(end.said for end in ends).count(sentence) == 1 and "".join(end.said for end in ends).count("error: ") == 1, ends
     run = read_run(run_of("broken"))
     assert run.status == "failed" and sentence in str(run.error)

@@ -230,6 +230,44 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
     assert read_run(directory).status == "done"
 
 
+@pytest.mark.parametrize("what", ["the generator's weights", "the critic's optimiser", "the average"])
+def test_what_is_not_finite_is_not_kept_though_gradients_were(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that would hold it is not written, so the same command goes on from the one before."""
+    path = write(tmp_path, "dmd", **EMA | {"steps": 5, "checkpoint_every": 1, "log_every": 1})
+    straight, advance = train(path, name="straight"), Trainer.advance
+
+    def spoiled(self: Trainer) -> Any:
+        row = advance(self)
+        if self.step == 4:
+            assert self.ema is not None
+            state = next(iter(self.updaters["critic"].optimisers[0].state.values()))
+            tensors = {
+                "the generator's weights": self.generator.masters,
+                "the critic's optimiser": [state["exp_avg_sq"]],
+                "the average": self.ema.average,
+            }
+            tensors[what][-1].data.view(-1)[-1] = math.inf
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", spoiled)
+        with pytest.raises(UserError, match=f"broke down before step 4 was over: {what} are not finite") as raised:
+            train(path, name="spoiled")
+    directory = settings().runs / "train" / "spoiled"
+    assert raised.value.code == 1 and read_run(directory).error == str(raised.value)
+    assert sorted(file.name for file in (directory / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    again = train(path, name="spoiled")
+    assert (again / "weights.safetensors").read_bytes() == (straight / "weights.safetensors").read_bytes()
+
+
+def test_weights_that_overflow_in_the_last_step_do_not_come_out(tmp_path: Path) -> None:
+    """A learning rate that no float32 survives, with a gradient that is clipped."""
+    path = write(tmp_path, "flow", optim={"lr": 1e39, "clip": 1.0}, steps=1, log_every=1, checkpoint_every=1)
+    with pytest.raises(UserError, match="the generator's weights are not finite"):
+        train(path)
+    assert not any((settings().runs / "train" / "flow" / name).exists() for name in ("weights.safetensors", "baseline.yaml", "checkpoints"))
+
+
 @pytest.mark.parametrize(
     ("changes", "more"),
     [
