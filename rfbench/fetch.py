@@ -368,8 +368,11 @@ def _download(source: Source) -> None:
     with source.part.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is fetching {target}; wait for it, then run this again", code=1) from None
+            mine = os.path.samestat(os.fstat(file.fileno()), source.part.stat())  # not what was given its own name since it was opened here
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise UserError(f"another process is fetching {target}; wait for it, then run this again", code=1)
         if source.size is not None and file.tell() > source.size:
             file.seek(0)
             file.truncate()

@@ -141,11 +141,14 @@ def profile(
                 fps=backbone.shape.fps,
             )
 
+            warmed = set[int]()
+
             def make(count: int, repeat: int, together: bool = False) -> tuple[tuple[Chunk, ...], ...]:
                 texts, seeds = list(itertools.islice(itertools.cycle(prompts), count)), range(repeat, repeat + count)
                 if batches:
                     return (stopwatch.time_clips(backbone, cfg, lean, texts, latents, seeds),)
-                if together and not repeat:  # a batch of a new size is slow at first
+                if together and count not in warmed:  # a batch of a new size is slow at first
+                    warmed.add(count)
                     stopwatch.time_streams(backbone, cfg, lean, texts, STEADY + 1, seeds, together=True)
                 return stopwatch.time_streams(backbone, cfg, lean, texts, chunks, seeds, together=together)
 

@@ -330,6 +330,21 @@ def test_two_processes_do_not_write_one_file(folders: Path, hub: Hub) -> None:
     assert fetch.fetch([item()], yes=True)[0].read_bytes() == CONTENT
 
 
+def test_who_comes_as_another_process_ends_does_not_write_into_its_file(folders: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, (source,) = fcntl.flock, fetch.find(item(), None)
+    source.part.parent.mkdir(parents=True)
+    source.part.write_bytes(CONTENT[:40_000])
+
+    def late(file: Any, how: int) -> None:
+        source.part.write_bytes(CONTENT)
+        source.part.replace(item().path)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert "another process is fetching" in refused(1, item())
+    assert item().path.read_bytes() == CONTENT and left_over(folders) == ["model.pt"]
+
+
 @pytest.mark.parametrize(("answer", "came"), [("y", True), ("n", False), (None, False)])
 def test_somebody_has_to_agree(folders: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, answer: str | None, came: bool) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None, raising=False)

@@ -100,6 +100,26 @@ def test_trials_that_were_made_are_not_made_again(tmp_path, folders, asked, monk
     assert [trial.count for trial in load.read_trials(directory)] == [1, 2, 4, 8, 6, 7, 1, 2, 4, 8, 6, 7]
 
 
+def test_a_batch_of_a_new_size_is_warmed_up_where_the_run_goes_on(tmp_path, folders, monkeypatch):
+    """Killed between two repetitions: the second is the first of its process, and not slower for that."""
+    made, killed = list[tuple[int, int]](), list[bool]()
+
+    def time_streams(backbone: Any, cfg: Any, lean: Any, prompts: Sequence[str], chunks: int, seeds: Sequence[int], *, together: bool = False) -> Any:
+        if together and list(seeds) == [1] and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        made.append((len(prompts), chunks))
+        return in_turn(1, chunks, 0.7 * len(prompts)) * len(prompts)
+
+    monkeypatch.setattr(stopwatch, "time_streams", time_streams)
+    path = models.write(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        load.profile(path, [], chunks=12, repeats=2)
+    made.clear()
+    load.profile(path, [], chunks=12, repeats=2)
+    assert made == [(1, 12), (1, 12), (1, 4), (1, 12), (2, 4), (2, 12)], "two to warm up, then each size before it is timed"
+
+
 def test_a_store_does_not_hide_a_device_that_is_too_slow():
     late = Trial(1, 0, (steady(12, steps=0.62),), 0)  # 0.77 s for 0.75 s of video: eleven chunks end 0.22 s late, less than a chunk in store
     assert load.in_time(late, 16) == 1 and load.pace(late) < 16 and not load.meets(late, 16)
