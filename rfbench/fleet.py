@@ -31,6 +31,7 @@ VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a cluster of one machine: who takes its memory is for its kernel to judge
+    "RAY_worker_niceness": "0",  # as urgent as whoever asked, where Ray would have them wait for everybody else
 }
 
 

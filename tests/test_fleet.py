@@ -61,6 +61,10 @@ def test_batches_are_done_once_each_and_a_death_costs_its_own(cluster: None, tmp
     assert raised.value.code == 1
 
 
+def test_workers_are_as_urgent_as_the_asker(cluster: None) -> None:
+    assert list(fleet.spread(lambda: os.nice, [0], workers=1)) == [os.nice(0)]
+
+
 def test_a_batch_that_kills_every_worker_is_given_up(cluster: None) -> None:
     with pytest.raises(UserError, match=r"3 workers died over batch 1 of 1, one after another: .") as raised:
         list(fleet.spread(functools.partial(_deadly, None), [[1]], workers=1))
@@ -88,7 +92,7 @@ def workers_of(parent: int) -> list[int]:
     return [pid for pid in found if pid in parents and parents[pid][1].startswith("ray::_Worker")]
 
 
-@pytest.mark.slow  # each death is a new worker that imports everything, at the low priority that Ray gives it
+@pytest.mark.slow  # each death is a new worker that imports everything
 def test_scores_are_those_of_one_process_whoever_is_killed(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that judge are killed at random, and the asker stops in the middle; what it was told by then is not asked again."""
     monkeypatch.setattr(evaluate, "AT_ONCE", 1)

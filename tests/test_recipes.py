@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import runpy
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfbench import config
+from rfbench import config, records
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.checkpointing import checkpointed
 from rfbench.config import CacheCfg, OptimCfg, Recipe, RewardCfg, RolloutCfg
 from rfbench.data import draw_prompts, prompts_of
 from rfbench.errors import UserError
+from rfbench.generate import generate
 from rfbench.methods.base import METHODS, Batch
 from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
@@ -26,6 +30,8 @@ from rfbench.reward import reward_of
 from rfbench.settings import HOME
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
+from tests import models
+from tests.test_generate import write_suite
 from tests.test_methods import BATCH, DMD, REDMD, SCORES, gradients
 from tests.test_train import ABOUT, OPTIM, recipe, tiny, write  # noqa: F401
 from tests.tiny import Tiny, distance
@@ -292,3 +298,49 @@ def test_a_job_of_an_array_makes_its_shard(tmp_path: Path) -> None:
         command = ["bash", str(HOME / "recipes" / "slurm-array.sbatch"), "self-forcing", "--suite", "smoke"]
         asked.append(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip())
     assert asked == [f"generate self-forcing --suite smoke --shard {number}/3" for number in (1, 2, 3)]
+
+
+@pytest.fixture
+def submitting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """recipes/slurm_array.py as somebody would call it, from a folder of its own; returns the jobs."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(HOME))
+
+    def call(*arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["slurm_array.py", *arguments])
+        return runpy.run_path(str(HOME / "recipes" / "slurm_array.py"), run_name="__main__")["jobs"]
+
+    return call
+
+
+@pytest.mark.slow  # five new interpreters, two of which make clips
+def test_submitted_jobs_make_the_clips_of_one_process(submitting: Callable[..., Any], tmp_path: Path, folders: Path) -> None:
+    """submitit's jobs on a machine without SLURM."""
+    student, suite = models.write(tmp_path), write_suite(tmp_path, samples=1)
+    for job in submitting("2", student, "--suite", suite, "--name", "spread"):
+        job.result()
+    spread = folders / "runs" / "bench" / "spread" / "short"
+    assert records.read_run(spread).status == "done"
+    assert [path.name for path in records.clip_files(spread)] == ["clips.1of2.jsonl", "clips.2of2.jsonl"]
+    assert records.read_clips(spread) == records.read_clips(generate(student, suite, name="alone"))
+
+
+def test_slurm_is_asked_for_an_array_that_it_may_put_back(submitting: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit with a stand-in for sbatch, which keeps the batch file that it is given; what its jobs do, and again when they are put back."""
+    for name, says in (("sbatch", f'cp "$1" {tmp_path}/asked; echo Submitted batch job 12'), ("srun", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    jobs = submitting("3", "self-forcing", "--suite", "smoke")
+    assert [job.job_id for job in jobs] == ["12_0", "12_1", "12_2"]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert {"#SBATCH --array=0-2%3", "#SBATCH --gpus-per-node=1", "#SBATCH --time=360", "#SBATCH --open-mode=append"} <= set(asked)
+    shards = [job.submission().function for job in jobs]
+    assert [shard.which for shard in shards] == ["1/3", "2/3", "3/3"]
+    (tmp_path / "rfbench").mkdir()
+    (tmp_path / "rfbench" / "cli.py").write_text("import sys; print(*sys.argv[1:], file=open('told', 'a'))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for shard in (shards[1], shards[1].checkpoint().function):
+        shard()
+    assert (tmp_path / "told").read_text() == "generate self-forcing --suite smoke --shard 2/3\n" * 2
