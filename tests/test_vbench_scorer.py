@@ -398,6 +398,17 @@ def test_with_compat_the_longest_dimension_cuts_clips_are_files_and_consistency_
     assert found["value"] == found["fused"] != found["within"] and found["value"] == pytest.approx(statistics.mean(told))
 
 
+def test_what_a_killed_scorer_has_cut_is_not_taken_for_another_video(tmp_path):
+    """The clip was damaged and made again since: its parts are those of the new bytes."""
+    parts = []
+    for shade in (0, 200):
+        clip = dataclasses.replace(vbench_suite.clip(0, 0, "a bird"), fps=16, sha256=f"{shade:03d}" + 61 * "0")
+        with video.writing(tmp_path / "0000-0.mp4", fps=16, height=64, width=64) as write:
+            write(np.full((40, 64, 64, 3), shade, np.uint8))
+        parts.append(scorer.LONG_COMPAT._part(clip, tmp_path / "0000-0.mp4", 0, 32, tmp_path).read_bytes())
+    assert parts[0] != parts[1]
+
+
 def test_flicker_of_long_videos_is_that_of_the_first_five_static_clips_of_a_prompt(tmp_path):
     run = made(tmp_path / "run", suites.load_suite("vbench"), lambda clip: f"{clip.id} static moving32 ", frames=lambda clip: 64)
     evaluate(run, ["vbench-long"])

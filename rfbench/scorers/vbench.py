@@ -218,7 +218,7 @@ class VBench:
         return about | {"path": str(path), "frames": clip.frames, "begin": want.begin, "end": want.end}
 
     def _part(self, clip: Clip, path: Path, begin: int, end: int, out: Path) -> Path:
-        part = self._rows(out).parent / "clips" / f"{clip.id}_{begin}.mp4"
+        part = self._rows(out).parent / "clips" / f"{clip.id}_{begin}.{clip.sha256[:16]}.mp4"  # one may be left of a clip that was made again
         long.write_part(path, part, begin, end, clip.fps)
         return part
 
