@@ -278,7 +278,7 @@ class DataCfg:
     """What training reads. `clips` for flow matching, `pairs` for ODE regression, prompts alone for DMD."""
 
     prompts: FileCfg | None = None  # .txt with one per line, or .jsonl with one per line as 'prompt'; null: sentences of the toy world
-    latents: FileCfg | None = None  # LMDB as Self Forcing writes it: trajectories, instead of `pairs`; for a diffusion-forced student clean clips
+    latents: FileCfg | None = None  # LMDB as Self Forcing writes it: trajectories, instead of `pairs`; for a student that is shown clips, those
     clips: int | None = None
     pairs: int | None = None
     pair_sampler: SamplerCfg | None = None  # how the teacher solves the ODE that the pairs lie on
@@ -292,12 +292,14 @@ class RolloutCfg:
 
     cache: CacheCfg | None = None  # D-3: the released training never folds anything into the sink
     context_noise: float | None = None  # D-32
-    student: Literal["streamed", "diffusion_forced"] = "streamed"  # diffusion_forced: denoises noised chunks of given clips in one pass (CausVid)
+    # Others do not stream what they make: they denoise chunks of given clips, each at a timestep of its own (CausVid).
+    # diffusion_forced: all in one pass, what is before a chunk as noisy as it is; teacher_forced: one by one, behind clean ones in the cache
+    student: Literal["streamed", "diffusion_forced", "teacher_forced"] = "streamed"
 
     def __post_init__(self) -> None:
         said = self.cache is not None or self.context_noise is not None
-        if said == (self.student == "diffusion_forced"):
-            raise UserError("'rollout' is 'cache' or 'context_noise' of streamed rollouts, or 'student: diffusion_forced', which has neither")
+        if said == (self.student != "streamed"):
+            raise UserError("'rollout' is 'cache' or 'context_noise' of streamed rollouts, or a 'student' that is shown clips, which has neither")
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class OnePass:
         self.cfg, self.student = cfg, student
         self.modules: dict[str, nn.Module] = {"generator": student.denoiser}
         self.frozen: dict[str, Any] = {}
-        self.mask_SS = student_mask(cfg, student).to(META) if cfg.sampler.chunk is not None else None
+        self.mask_SS = student_mask(cfg, student) if cfg.sampler.chunk is not None else None
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("generator",)

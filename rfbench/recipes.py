@@ -40,7 +40,7 @@ def _may(cfg: Recipe) -> set[str]:
 
 def forced(cfg: Recipe) -> bool:
     """Whether the student is shown clips instead of making them."""
-    return cfg.rollout is not None and cfg.rollout.student == "diffusion_forced"
+    return cfg.rollout is not None and cfg.rollout.student != "streamed"
 
 
 def check(cfg: Recipe) -> None:
@@ -91,7 +91,7 @@ def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
         (cfg.backbone.startswith("wan") and cfg.data.clips is not None, f"clips of the toy world can't train backbone '{cfg.backbone}'"),
         (
             forced(cfg) and (sampler.chunk is None or scores is None or cfg.latents > scores.latents),
-            "a diffusion-forced student takes chunks, of clips that the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
+            "a student that is shown clips takes chunks the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
         ),
         (
             cfg.samples is not None and (cfg.samples.every < 1 or not cfg.samples.prompts or cfg.samples.latents % chunk != 0),

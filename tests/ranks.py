@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ class End:
     said: str
 
 
-def launched(size: int, work: Callable[[], Any], folder: Path, *, local: int | None = None, kill: tuple[int, float] | None = None) -> list[End]:
-    """Run `work` in `size` processes with the environment that torchrun gives them, `local` on each node; `kill` (rank, seconds) ends one."""
+def launched(
+    size: int, work: Callable[[], Any], folder: Path, *, local: int | None = None, kill: tuple[Sequence[int], float] | None = None
+) -> list[End]:
+    """Run `work` in `size` processes with the environment that torchrun gives them, `local` on each node; `kill` (ranks, seconds) ends some."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -35,7 +37,8 @@ def launched(size: int, work: Callable[[], Any], folder: Path, *, local: int | N
     children = [_child(work, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank % (local or size))}, files[rank]) for rank in range(size)]
     if kill is not None:
         time.sleep(kill[1])
-        os.kill(children[kill[0]], signal.SIGKILL)
+        for rank in kill[0]:
+            os.kill(children[rank], signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return [End(code, file.read_text()) for code, file in zip(codes, files, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rfbench.backbones.wan.dit import block_causal_mask
-from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, SamplerCfg, ScoreCfg, WeightsCfg
+from rfbench.config import CacheCfg, DataCfg, OptimCfg, Recipe, RewardCfg, RolloutCfg, SamplerCfg, ScoreCfg, WeightsCfg
 from rfbench.data import ClipDraws, ClipStore, draw_clips, draw_prompts
 from rfbench.methods.base import METHODS, Batch, Draws
 from rfbench.methods.dmd import Dmd, matching_gradient, matching_loss, score_timesteps
@@ -23,7 +24,7 @@ from rfbench.methods.redmd import ReDmd, effective_share
 from rfbench.methods.sid import Sid, identity_error
 from rfbench.registry import pick
 from rfbench.sampler import timesteps
-from rfbench.schedule import Schedule
+from rfbench.schedule import Schedule, flow_to_x0
 from rfbench.world import parse
 from tests.tiny import Tiny, distance, normal, observe
 
@@ -73,6 +74,29 @@ def store(clips: int = 2) -> ClipStore:
 
 def gradients(module: nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("method", ["flow", "ode", "dmd"])
+def test_what_is_shown_goes_to_where_the_network_is(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips and pairs are on the CPU, as they come from files; networks are elsewhere."""
+    student, teacher, seen = Tiny().to("meta"), Tiny(seed=1).to("meta"), set[str]()
+    encode = student.encode_text
+    monkeypatch.setattr(student, "encode_text", lambda prompts: encode(prompts).to("meta"))
+    monkeypatch.setattr(teacher, "encode_text", student.encode_text)
+    call = student.denoiser.forward
+
+    def heard(*given: Any, **how: Any) -> Tensor:
+        seen.update(value.device.type for value in (*given, *how.values()) if isinstance(value, Tensor))
+        return call(*given, **how)
+
+    monkeypatch.setattr(student.denoiser, "forward", heard)
+    if method == "dmd":
+        objective: Any = Dmd(replace(DMD, rollout=RolloutCfg(student="diffusion_forced")), student, teacher, clips=store().pick)
+    else:
+        objective = FlowMatching(FLOW, student, store()) if method == "flow" else OdeRegression(replace(DMD, method="ode"), student, Trajectories())
+    with contextlib.suppress(NotImplementedError):  # frames are picked by a tensor without contents, once the network was called
+        objective.losses(BATCH, objective.turns(0))
+    assert seen == {"meta"}
 
 
 def test_methods_are_found_by_name() -> None:
@@ -236,6 +260,36 @@ def test_a_diffusion_forced_student_is_shown_chunks_at_its_own_timesteps() -> No
         assert float(frames.std(correction=0)) == pytest.approx(sigma, abs=0.05)
     losses["generator"].backward()
     assert student.denoiser.patch_embedding.weight.grad is not None and stats["loss"].shape == stats["critic_loss"].shape == (64,)
+
+
+@pytest.mark.parametrize("window", [6, 9])
+def test_a_teacher_forced_student_has_clean_chunks_before_each_noisy_one(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk against one pass over the clean frames before it and itself, under a dense mask and without a cache; so are the gradients."""
+    clean, student, seen = normal(2, 9, 3, 4, 6, seed=4), Tiny(), list[tuple[Tensor, Tensor]]()
+    sampler = replace(STUDENT, cache=CacheCfg("window", window=window, rope="absolute"))
+    recipe = replace(DMD, latents=9, sampler=sampler, rollout=RolloutCfg(student="teacher_forced"))
+    objective = Dmd(recipe, student, Tiny(seed=1), clips=lambda draws: (clean[: len(draws.integers(1))], ["a red disc", "a blue square"]))
+    call = student.denoiser.forward
+
+    def heard(x_BFCHW: Tensor, t_BF: Tensor, text: Any, **how: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append((x_BFCHW, t_BF))
+        return call(x_BFCHW, t_BF, text, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(student.denoiser, "forward", heard)
+        video, _, _, text, _ = objective._forced(BATCH, objective.clips)  # type: ignore[arg-type]
+    assert len(seen) == 3 and len({float(t) for _, t_BF in seen for t in t_BF.flatten()} - {0.0}) > 1 and all((t_BF > 0).all() for _, t_BF in seen)
+    mask, wanted = block_causal_mask(9, 6, 3, window, torch.device("cpu")), []
+    for number, (noisy, t_BF) in enumerate(seen):
+        start, tokens = 3 * number, 6 * 3 * (number + 1)
+        clip, times = torch.cat([clean[:, :start], noisy], 1), torch.cat([torch.zeros(2, start), t_BF], 1)
+        flow = call(clip, times, text, mask_SS=mask[:tokens, :tokens])[:, start:]
+        wanted.append(flow_to_x0(flow, noisy, objective.schedule.sigma(t_BF)))
+    assert distance(video.detach(), torch.cat(wanted, 1).detach()) < 1e-5
+    head = student.denoiser.head.head.weight  # nothing of it is behind what is cached
+    ours, theirs = (torch.autograd.grad(found.square().mean(), head)[0] for found in (video, torch.cat(wanted, 1)))
+    assert distance(ours, theirs) < 1e-5
 
 
 def test_score_identity_has_the_derivative_of_its_closed_form() -> None:

@@ -272,9 +272,10 @@ def test_weights_that_overflow_in_the_last_step_do_not_come_out(tmp_path: Path) 
     ("changes", "more"),
     [
         ({"rollout": FORCED, "data": {"clips": 3, "seed": 1}}, {"matching_gradient"}),
+        ({"rollout": {"student": "teacher_forced"}, "data": {"clips": 3, "seed": 1}}, {"matching_gradient"}),
         ({"method": "sid", "scores": SCORES | {"sid_alpha": 1.0}}, {"score_difference"}),
     ],
-    ids=["diffusion-forced", "sid"],
+    ids=["diffusion-forced", "teacher-forced", "sid"],
 )
 def test_relatives_of_matching_train_as_it_does(changes: dict[str, Any], more: set[str], tmp_path: Path) -> None:
     directory = train(write(tmp_path, "dmd", steps=5, **changes))
@@ -307,7 +308,7 @@ def test_relatives_of_matching_train_as_it_does(changes: dict[str, Any], more: s
             {"rollout": FORCED, "data": {"clips": 3}, "latents": 9, "scores": SCORES | {"latents": 6}},
             "of clips that the score models can judge",
         ),
-        ("dmd", {"rollout": FORCED | {"context_noise": 0.1}}, "or 'student: diffusion_forced', which has neither"),
+        ("dmd", {"rollout": FORCED | {"context_noise": 0.1}}, "or a 'student' that is shown clips, which has neither"),
         ("dmd", {"scores": SCORES | {"sid_alpha": 1.0}}, "method 'dmd' does not use 'scores.sid_alpha'"),
         ("dmd", {"method": "sid"}, "method 'sid' needs 'scores.sid_alpha'"),
         ("dmd", {"reward": {"name": "toy_motion", "beta": 1.0}}, "method 'dmd' does not use 'reward'"),

@@ -71,10 +71,11 @@ def chunk_steps(draws: Draws, frames: int, chunk: int, steps: int) -> Tensor:
 
 
 def student_mask(recipe: Recipe, backbone: Backbone) -> Tensor:
-    """Which token of a clip may attend to which when the streaming student takes all its chunks in one pass: [S, S]."""
+    """Which token of a clip may attend to which when the streaming student takes all its chunks in one pass: [S, S], where the student is."""
     assert recipe.sampler.chunk is not None and recipe.sampler.cache is not None
     shape = cache_shape(backbone, 1, recipe.latents)
-    return block_causal_mask(recipe.latents, shape.height * shape.width, recipe.sampler.chunk, recipe.sampler.cache.window, torch.device("cpu"))
+    device = next(backbone.denoiser.parameters()).device
+    return block_causal_mask(recipe.latents, shape.height * shape.width, recipe.sampler.chunk, recipe.sampler.cache.window, device)
 
 
 class Method(Protocol):

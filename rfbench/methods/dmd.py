@@ -2,7 +2,7 @@
 
 The student rolls a clip out through the shared sampler; the gradient on the clip is the difference of two score models, a
 frozen teacher and a critic that learns the student's distribution by flow matching between the student's steps. A student
-that is diffusion-forced rolls nothing out: it denoises noised chunks of given clips, all in one pass (CausVid, arXiv:2412.07772).
+that is forced rolls nothing out: it denoises noised chunks of given clips (CausVid, arXiv:2412.07772), behind noisy ones or behind clean ones.
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns.
 """
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.dit import WanDiT
+from rfbench.cache import KVCache
 from rfbench.config import Recipe, SamplerCfg, ScoreCfg
 from rfbench.data import Clips, Prompts, draw_prompts
 from rfbench.methods.base import Batch, Draws, chunk_steps, student_mask
 from rfbench.phases import phase
-from rfbench.sampler import stream, timesteps
+from rfbench.sampler import cache_shape, stream, timesteps
 from rfbench.schedule import Schedule, add_noise, flow_to_x0, shifted, x0_to_flow
 
 
@@ -73,7 +74,7 @@ class Dmd:
         prompts: Prompts = draw_prompts,
         clips: Clips | None = None,
     ) -> None:
-        """`clips` are what a diffusion-forced student is shown; `prompts` what another one is asked for."""
+        """`clips` are what a forced student is shown; `prompts` what another one is asked for."""
         assert recipe.scores is not None
         self.recipe, self.cfg = recipe, recipe.scores
         self.student, self.teacher, self.prompts, self.clips = student, teacher, prompts, clips
@@ -85,7 +86,8 @@ class Dmd:
         self.score_schedule = Schedule(self.cfg.score_shift)
         self.rollout = rollout_sampler(recipe)
         self.timesteps = timesteps(recipe.sampler)
-        self.mask_SS = None if clips is None else student_mask(recipe, student)
+        self.taught = recipe.rollout is not None and recipe.rollout.student == "teacher_forced"
+        self.mask_SS = None if clips is None or self.taught else student_mask(recipe, student)
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("generator", "critic") if step % self.cfg.generator_every == 0 else ("critic",)
@@ -135,18 +137,37 @@ class Dmd:
         return *self.judged(torch.cat([chunk.latent_BFCHW for chunk in rollout], dim=1)), prompts, text, draws
 
     def _forced(self, batch: Batch, clips: Clips) -> Made:
-        """What the student takes given clips for, whose chunks are noised to one of its timesteps each, or clean at timestep 0."""
+        """What the student takes given clips for, whose chunks are noised to one of its timesteps each, or clean at timestep 0.
+
+        A teacher-forced student has nothing to learn from a chunk that is clean, as it has them all before it.
+        """
         draws = Draws(self.student.shape, batch.seeds)
         clean, prompts = clips(draws)
         with torch.no_grad():
             text = self.student.encode_text(prompts)
         draws.like, clean = text, clean.to(text)
-        levels = torch.tensor([*self.timesteps, 0.0], dtype=torch.float64)
+        levels = torch.tensor([*self.timesteps, *([] if self.taught else [0.0])], dtype=torch.float64)
         t_BF = levels[chunk_steps(draws, clean.shape[1], self.recipe.sampler.chunk or 1, len(levels))].to(text.device)
         sigma_BF = self.schedule.sigma(t_BF)
         noisy = torch.where((t_BF == 0)[:, :, None, None, None], clean, add_noise(clean, draws(clean.shape[1]), sigma_BF))
-        flow = self.student.denoiser(noisy, t_BF, text, mask_SS=self.mask_SS)
+        flow = self._behind_clean(noisy, t_BF, text, clean) if self.taught else self.student.denoiser(noisy, t_BF, text, mask_SS=self.mask_SS)
         return flow_to_x0(flow, noisy, sigma_BF), None, prompts, text, draws
+
+    def _behind_clean(self, noisy_BFCHW: Tensor, t_BF: Tensor, text_BLE: Tensor, clean_BFCHW: Tensor) -> Tensor:
+        """The student's flow of each noisy chunk with the clean ones before it in the cache that it streams with: [B, F, C, H, W]."""
+        model, sampler, flows = self.student.denoiser, self.recipe.sampler, list[Tensor]()
+        assert sampler.cache is not None and sampler.chunk is not None
+        shape = cache_shape(self.student, len(noisy_BFCHW), noisy_BFCHW.shape[1])
+        cache = KVCache(sampler.cache, shape, dtype=text_BLE.dtype, device=text_BLE.device, gradients=self.cfg.cache_gradients)
+        for noisy, t, before in zip(
+            *(whole.split(sampler.chunk, 1) for whole in (noisy_BFCHW, t_BF, clean_BFCHW.roll(sampler.chunk, 1))), strict=True
+        ):
+            if flows:
+                with torch.no_grad():
+                    model(before, torch.zeros_like(t), text_BLE, cache=cache)
+            cache.begin(sampler.chunk)
+            flows.append(model(noisy, t, text_BLE, cache=cache))
+        return torch.cat(flows, 1)
 
     def student_loss(
         self, video_BFCHW: Tensor, noise_BFCHW: Tensor, t_B: Tensor, text_BLE: Tensor, mask_BF: Tensor | None

@@ -34,6 +34,7 @@ class FlowMatching:
         x0, captions = self.store.pick(draws)
         dropped = (draws.uniform() < self.drop).tolist()
         text = self.backbone.encode_text(["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)])
+        draws.like, x0 = text, x0.to(text)
         sigma_B1 = shifted(draws.uniform(), self.recipe.sampler.shift)[:, None]
         noise = draws(x0.shape[1])
         phase("forward")

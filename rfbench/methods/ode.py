@@ -42,7 +42,8 @@ class OdeRegression:
         index_BF = chunk_steps(draws, path.shape[2], self.chunk, len(self.timesteps) - 1)
         phase("forward")
         text = self.backbone.encode_text(captions).detach()
-        loss, x0 = regression(self.backbone, path, index_BF, text, self.timesteps, self.schedule, self.mask_SS)
+        path, index_BF, steps = (tensor.to(text.device) for tensor in (path, index_BF, self.timesteps))
+        loss, x0 = regression(self.backbone, path, index_BF, text, steps, self.schedule, self.mask_SS)
         return {"generator": loss}, {"loss": (x0 - path[:, -1]).square().flatten(1).mean(1).detach()}
 
 
