@@ -91,7 +91,7 @@ def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
         (cfg.backbone.startswith("wan") and cfg.data.clips is not None, f"clips of the toy world can't train backbone '{cfg.backbone}'"),
         (
             forced(cfg) and (sampler.chunk is None or scores is None or cfg.latents > scores.latents),
-            "a student that is shown clips takes chunks the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
+            "a forced student takes chunks, of clips that the score models can judge; see 'sampler.chunk', 'latents' and 'scores.latents'",
         ),
         (
             cfg.samples is not None and (cfg.samples.every < 1 or not cfg.samples.prompts or cfg.samples.latents % chunk != 0),
