@@ -90,9 +90,12 @@ Row = TypeVar("Row")
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex sha256 of a file's bytes, in blocks: `hashlib.file_digest` zeroes a large buffer first, which doubles the time of a small video."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**18):
+            found.update(block)
+    return found.hexdigest()
 
 
 def canonical(value: Any) -> str:

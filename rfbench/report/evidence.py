@@ -196,13 +196,15 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
         bad = [clip for clip, value in column.items() if not isinstance(value, REAL) or not math.isfinite(value)]
         for clip in bad[:1]:
             raise UserError(f"{where}: '{name}' of clip {clip} is {column[clip]}, not a number; {again}")
-    ids, prompt_of = bench.prompts.keys(), bench.prompts
-    for name, there in [*((name, column.keys()) for name, column in values.items()), *((name, column.keys()) for name, column in segments.items())]:
+    ids, prompt_of, order = bench.prompts.keys(), bench.prompts, list(bench.prompts)
+    complete = {name for name, column in values.items() if list(column) == order}  # nothing is missing, and all is in order
+    partial = [(name, column.keys()) for name, column in values.items() if name not in complete]
+    for name, there in [*partial, *((name, column.keys()) for name, column in segments.items())]:
         rest = ids - there
         missing = {prompt_of[clip] for clip in there} & {prompt_of[clip] for clip in rest} if rest else set()
         if missing and name not in note.get("sparse", ()):
             raise UserError(f"{where}: '{name}' has no value for some clips of prompt {min(missing)}; {again}")
-    silent = set(ids).difference(*values.values())
+    silent = set() if complete else set(ids).difference(*values.values())
     if silent:
         raise UserError(f"{where}: there is no number at all for clip {min(silent)}; {again}")
     metrics = {f"{scorer}.{name}": build(Metric, text, where=f"{where}: {name}") for name, text in note["metrics"].items()}
@@ -210,7 +212,7 @@ def read_scores(bench: Bench, scorer: str) -> Scores:
         scorer,
         str(note["version"]),
         metrics,
-        {f"{scorer}.{name}": _by_clip(column, bench) for name, column in values.items() if column},
+        {f"{scorer}.{name}": column if name in complete else _in_order_of(order, column) for name, column in values.items() if column},
         {f"{scorer}.{name}": column for name, column in segments.items()},
         tuple(note.get("sparse", ())),
         {f"{scorer}.{name}": value for name, value in note.get("whole", {}).items()},
@@ -225,9 +227,9 @@ def _finite(values: Iterable[float]) -> bool:
         return False
 
 
-def _by_clip(column: dict[str, float], bench: Bench) -> dict[str, float]:
+def _in_order_of(clips: Iterable[str], column: dict[str, float]) -> dict[str, float]:
     """A column in the order of the clips, whatever that of the rows is."""
-    return column if list(column) == list(bench.prompts) else {clip: column[clip] for clip in bench.prompts if clip in column}
+    return {clip: column[clip] for clip in clips if clip in column}
 
 
 def _kept_rows(bench: Bench, scorer: str, where: str, again: str) -> tuple[dict[str, Any], Values, Segments]:
