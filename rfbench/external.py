@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rfbench import config, envs, processes, provenance, records, strict, timing, video
+from rfbench import baselines, config, envs, hardware, processes, provenance, records, strict, timing, video
 from rfbench.config import External
 from rfbench.errors import UserError
 from rfbench.processes import Outcome, Program
@@ -97,7 +97,8 @@ class Ready:
                 "has their logs, and the same command tries them again",
                 code=1,
             )
-        return {"times": summary(times(directory))}
+        rows = times(directory)
+        return {"times": summary(rows) | {"hardware": hardware.name(baselines.device())}} if rows else {}
 
     def inputs(self) -> dict[str, Any]:
         """What of it is a declared input of a run."""

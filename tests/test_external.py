@@ -14,7 +14,9 @@ from rfbench import config, envs, external, generate, listing, provenance, recor
 from rfbench.config import Baseline, External
 from rfbench.errors import UserError
 from rfbench.fetch import fetch, items_of
+from rfbench.report import leaderboard, tables
 from rfbench.suites import Suite, clip_seed
+from tests import fake_runs
 from tests.test_cli import call
 
 FAKE = """
@@ -89,12 +91,31 @@ def test_clips_rows_and_times_are_as_of_any_baseline(fake):
         frames, fps = video.read(directory / clip.file)
         assert frames.shape == (9, 16, 32, 3) and fps == 12 and records.sha256_of(directory / clip.file) == clip.sha256
     assert len({clip.sha256 for clip in clips}) == 4, "another seed, another clip"
-    assert run.result["times"] == {"timed": "frames as they come", "clip_fps": 6.0, "ttff_s": 0.5, "e2e_fps": 6.0}
+    assert run.result["times"] == {"timed": "frames as they come", "clip_fps": 6.0, "ttff_s": 0.5, "e2e_fps": 6.0, "hardware": "cpu"}
     assert run.inputs["weights_sha256"] == records.sha256_of(fake / "scale.pt") and run.inputs["environment"] == envs.load("diffusers")[1]
     assert run.recorded["protocol"] == "own protocol: 32x16, 9 frames at 12 per second, 3 steps; its code appends ', 8K' to every prompt"
     assert not list(directory.rglob("*.npy")), "raw frames go once they are a video"
     before = (directory / "clips.jsonl").stat().st_mtime_ns
     assert make(fake) == directory and (directory / "clips.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_its_speed_is_in_the_table_with_what_counted_and_unpinned_weights_keep_it_open(fake, pinned):
+    if pinned:
+        told = yaml.safe_load((fake / "fake.yaml").read_text())
+        told["weights"]["sha256"] = records.sha256_of(fake / "scale.pt")
+        (fake / "fake.yaml").write_text(yaml.safe_dump(told))
+    (fake / "long.yaml").write_text("{prompts: four.jsonl, frames: 161, first: 1}")
+    directories = make(fake), make(fake, "long.yaml")
+    fake_runs.write_scores(directories[0])
+    board = leaderboard.read_runs(directories)
+    cell, scored = board.cells["fake", "cpu", "profile.clip_fps"], board.cells["fake", "four", board.columns["four"][0]]
+    assert (cell.value, cell.repeats) == (6.0, 1), "of clips of its own length alone"
+    assert board.cells["fake", "cpu", "profile.ttff_s"].value == 0.5 and board.hardware == ("cpu",) and not board.timings
+    assert "timed as it made its own clips: frames as they come" in cell.open
+    assert ("weights whose hash is not declared" in scored.open) == (not pinned)
+    text = tables.to_markdown(board, [], "", [])
+    assert "## Speed on cpu" in text and "6.0" in text and "timed as it made its own clips: frames as they come" in text
 
 
 def test_speed_is_what_a_profile_would_call_it():

@@ -6,6 +6,7 @@ The stand-ins are as upstream has them if the last test passes, which reads pinn
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,16 @@ def test_diffusers_itself_makes_the_clips(folders, prompts, name):
         (alone,) = clips_of(name, prompts, overrides, name="alone", shard="2/2")
         assert alone.sha256 == clips[1].sha256
     assert external.times(folders / "runs" / "bench" / name / "prompts")[0].seconds > 0
+
+
+@pytest.mark.parametrize("name", [name for name in config.names_of(External) if config.load(External, name).runner == "pipeline"])
+def test_the_pipelines_of_diffusers_take_what_a_baseline_says(name):
+    import diffusers
+
+    cfg = config.load(External, name)
+    takes = inspect.signature(getattr(diffusers, cfg.settings["pipeline"]).__call__).parameters
+    said = {"prompt", "height", "width", "num_frames", "num_inference_steps", "generator", "output_type", *cfg.settings["call"]}
+    assert said <= takes.keys()
 
 
 CALLED: dict[str, dict[str, list[str]]] = {  # what a runner or a baseline says to upstream: file, function -> arguments

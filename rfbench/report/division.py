@@ -41,7 +41,9 @@ def _code(run: Run) -> str:
 
 
 def _how(timed: Timed) -> str:
-    """In what a timed contender is approximate."""
+    """In what a timed contender is approximate, or that it was not timed as the others were."""
+    if timed.beside:
+        return f"timed as it made its own clips: {timed.beside}"
     return _told(timed.run.recorded.get("contenders", {}).get(timed.contender, {}).get("approximate", ()))
 
 

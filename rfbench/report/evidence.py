@@ -73,6 +73,7 @@ class Timed:
     columns: dict[str, dict[Key, float]]  # `profile.<metric>` -> value of each round
     streams: tuple[tuple[Chunk, ...], ...]  # of each round
     rounds: tuple[Mapping[str, Any], ...] = field(repr=False)  # of everybody who was timed with it, as they were written
+    beside: str = ""  # what counted where it was timed as it made its clips, and in no rounds with others
 
 
 @dataclass(frozen=True)
@@ -350,6 +351,15 @@ def read_timings(source: Path) -> dict[str, Timed]:
         weights = str(names[name]["weights_sha256"])
         found[name] = Timed(run, name, weights, {f"profile.{metric}": column for metric, column in columns.items()}, streams, tuple(plain))
     return found | {name: found[other] for name, other in run.recorded.get("timed_as", {}).items()}
+
+
+def timed_beside(bench: Bench) -> tuple[str, Timed] | None:
+    """The machine on which its authors' code made clips of its own length, and how fast; None where that was not told."""
+    told = bench.run.result.get("times") or {}
+    if not isinstance(bench.baseline, External) or "hardware" not in told or bench.clips[0].frames != bench.baseline.frames:
+        return None
+    columns = {f"profile.{name}": {(bench.run.name, 0, 0): float(told[name])} for name in timing.TIMINGS if name in told}
+    return told["hardware"], Timed(bench.run, bench.run.name, bench.weights_sha256, columns, (), (), told["timed"])
 
 
 def _rounds_file(directory: Path) -> bytes | None:

@@ -120,8 +120,8 @@ def read_study(study: Study, name: str, find: Find, hardware_of: Callable[[str],
     rows = study_rows(study, config.name_of(name))
     runs = [run for row in rows for run in row.runs]
     called = config.name_of(name)
-    profiles = {machine: [path] for machine in hardware_of(called) if (path := find("profile", f"{called}/{machine}"))} if study.profile else {}
-    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, profiles, find, gaps or {}, strict=False)
+    profiles = {machine: [path] for machine in hardware_of(called) if (path := find("profile", f"{called}/{machine}"))}
+    board = _read(rows, tuple(map(suite_name, study.suites)), study.scorers, profiles if study.profile else None, find, gaps or {}, strict=False)
     logs = [path for run in runs if (path := find("train", run)) is not None]
     if not board.benches:
         reasons = sorted({reason for _, reason in board.problems.values()})
@@ -177,18 +177,20 @@ def _read(
     rows: Sequence[Row],
     suites: tuple[str, ...],
     scorers: tuple[str, ...] | None,
-    profiles: dict[str, list[Path]],
+    profiles: dict[str, list[Path]] | None,
     find: Find,
     gaps: Problems,
     *,
     strict: bool,
 ) -> Board:
-    """Read all runs of all rows and the profile runs of each hardware; with `strict` the first problem is raised instead of noted."""
+    """Read all runs of all rows and the profile runs of each hardware; with `strict` the first problem is raised instead of noted.
+
+    Without `profiles`, not even none, no speeds are asked for.
+    """
     benches: dict[tuple[str, str], Bench] = {}
     scores: dict[tuple[str, str], tuple[Scores, ...]] = {}
     timings: dict[tuple[str, str], tuple[Timed, ...]] = {}
     problems: Problems = {}
-    hardware = tuple(profiles)
 
     def attempt(place: tuple[str, str, str], directory: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -212,16 +214,21 @@ def _read(
                 wanted = evidence.scorers_of(bench) if scorers is None else scorers
                 found = [attempt((run, suite, scorer), directory, evidence.read_scores, bench, scorer) for scorer in wanted]
                 benches[run, suite], scores[run, suite] = bench, tuple(item for item in found if item is not None)
-    for machine, directories in profiles.items():
+    for machine, directories in (profiles or {}).items():
         for directory in directories:
             timed = attempt((BOARD, machine, ""), directory, evidence.read_timings, directory) or {}
             for row in rows:
                 if there := tuple(timed[run] for run in row.runs if run in timed):
                     timings[row.name, machine] = timings.get((row.name, machine), ()) + there
+    speeds = dict(timings)
+    for row in rows if profiles is not None else ():
+        for machine, beside in filter(None, [evidence.timed_beside(bench) for (run, _), bench in benches.items() if run in row.runs]):
+            speeds[row.name, machine] = (*speeds.get((row.name, machine), ()), beside)
+    hardware = tuple(dict.fromkeys([*(profiles or ()), *(machine for _, machine in speeds)]))
     _same_conditions(benches, scores, problems, strict=strict)
     problems |= gaps
     rows = tuple(_described(row, [bench for (run, _), bench in benches.items() if run in row.runs]) for row in rows)
-    columns, metrics = _columns(suites, scores, hardware, timings)
+    columns, metrics = _columns(suites, scores, hardware, speeds)
     cells = {}
     for row in rows:
         for suite in suites:
@@ -229,9 +236,9 @@ def _read(
                 cells[row.name, suite, metric] = cells_of.of_suite(row, suite, metric, benches, scores, problems)
         for machine in hardware:
             for metric in columns[machine]:
-                cells[row.name, machine, metric] = cells_of.of_timing(row, machine, metric, timings.get((row.name, machine), ()), problems)
+                cells[row.name, machine, metric] = cells_of.of_timing(row, machine, metric, speeds.get((row.name, machine), ()), problems)
     for place, cell in cells.items():
-        cells[place] = dataclasses.replace(cell, open=division.why_open(cell, benches, timings))
+        cells[place] = dataclasses.replace(cell, open=division.why_open(cell, benches, speeds))
     cells_of.rank(cells, metrics)
     columns |= {machine: tuple(metric for metric in columns[machine] if TIMINGS[metric.partition(".")[2]].headline) for machine in hardware}
     return Board("rfbench report", None, rows, suites, hardware, metrics, columns, cells, benches, scores, timings, problems)
