@@ -58,6 +58,8 @@ class CacheCfg:
             raise UserError("cache 'shot_offset' is a number of frames, for policy 'static_sink' with rope 'absolute'; leave it out")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"cache alpha is {self.alpha}; it is a share between 0 and 1")
+        if min(self.window or 0, self.sink or 0) < 0 or self.window == 0:
+            raise UserError(f"cache window {self.window} and sink {self.sink} are numbers of latent frames, of which a window has at least one")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class SamplerCfg:
     reroll: RerollCfg | None = None  # null: one rollout, as long as the clip
 
     def __post_init__(self) -> None:
+        listed = (self.steps,) if isinstance(self.steps, int) else self.steps
+        if not listed or not all((step > 0 if isinstance(self.steps, int) else 0 <= step <= 1000) for step in listed):
+            raise UserError(f"steps is {self.steps}; it is a list of timesteps from 1000 down to 0, or a number of steps from 1 up")
+        if not self.shift > 0 or (self.chunk is not None and self.chunk < 1):
+            raise UserError(f"shift is {self.shift} and chunk {self.chunk}; a shift is above 0, and a chunk has at least one latent frame")
         if self.solver == "forcing":
             self._check_forcing()
         elif self.lag is not None or self.causal or self.first_state != "kept":
@@ -330,6 +337,11 @@ class Recipe:
     log_every: int = 10
     checkpoint_every: int = 100
     needs: str = ""  # memory, time, machine: for people
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "latents", "accumulate", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is a number from 1 up")
 
 
 @dataclass(frozen=True)

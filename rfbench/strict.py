@@ -33,7 +33,7 @@ def load_plain(source: Path | dict[str, Any], overrides: Sequence[str] | Mapping
             check_key(kind, key)
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         plain = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(plain, dict):
         raise UserError(f"{where}: expected a mapping of keys, found {type(plain).__name__}")

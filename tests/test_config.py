@@ -287,3 +287,21 @@ def test_a_study_over_a_share_of_its_prompts_has_it_in_every_name() -> None:
     assert config.name_of("toy@0.25") == "toy@0.25" and config.name_of("there/mine.yaml@0.25") == "mine@0.25"
     with pytest.raises(UserError, match="'2' is no share of its prompts"):
         config.load(Study, "toy@2")
+
+
+@pytest.mark.parametrize("field", ["sampler.steps=[]", "sampler.steps=[1000,-5]", "sampler.shift=-3", "sampler.chunk=0", "sampler.cache.window=0"])
+def test_a_number_that_no_sampler_can_run_with_is_refused_before_it_runs(field: str) -> None:
+    with pytest.raises(UserError, match=field.split("=")[0].split(".")[-1]):
+        config.load(Baseline, "toy/ode-init", [field])
+
+
+@pytest.mark.parametrize("name", ["steps", "batch", "accumulate", "checkpoint_every"])
+def test_a_recipe_counts_from_one(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 0"):
+        config.load(Recipe, "toy/self-forcing", [f"{name}=0"])
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_bytes(b"\xd8\x00title: a")
+    with pytest.raises(UserError, match="not valid YAML"):
+        config.load(Recipe, str(tmp_path / "broken.yaml"))
