@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +34,7 @@ from rfbench.methods.redmd import ReDmd
 from rfbench.phases import heard, phase
 from rfbench.recipes import forced
 from rfbench.registry import pick
+from rfbench.reward import videoreward_mq
 from rfbench.settings import settings
 
 META = torch.device("meta")
@@ -79,7 +83,7 @@ def _bytes(module: nn.Module) -> int:
 def above(cfg: Recipe, clips: int) -> dict[str, int]:
     """Phase -> most bytes above what is held, in a step of a micro-batch of so many clips in which every network has a turn.
 
-    A backward pass is a phase for each network. A pass of VideoReward, or of a reward of one's own, is not in it.
+    A backward pass is a phase for each network. A pass of a reward of one's own is not in it.
     """
     few, more = (_step(cfg, clips, layers) for layers in (1, 2))
     further = open_backbone(_deepest(cfg)).denoiser.cfg.num_layers - 1
@@ -98,7 +102,8 @@ def _step(cfg: Recipe, clips: int, layers: int) -> dict[str, int]:
     for module in method.modules.values():
         for weight in module.parameters():
             weight.grad = torch.empty_like(weight)  # which is counted as held
-        if cfg.checkpointing:
+    if cfg.checkpointing:
+        for module in (*method.modules.values(), *method.frozen.values()):
             checkpointed(cast(Any, module))
     with watch, flash(), heard(watch.mark):
         losses, _ = method.losses(batch, tuple(method.modules))
@@ -120,11 +125,16 @@ def _method(cfg: Recipe, layers: int) -> Method:
     teacher = blank(cfg.scores.teacher_backbone or cfg.backbone, precision.teacher)
     critic = blank(cfg.backbone, precision.critic).denoiser
     kind: Any = pick(METHODS, cfg.method, what="method")
+    reward = cfg.reward
     if kind is ReDmd:
         cfg = dataclasses.replace(cfg, reward=dataclasses.replace(cast(Any, cfg.reward), name="rfbench.memory:blank_reward", input=None, fps=None))
     clips = (lambda draws: (draws(cfg.latents).to(META), [""] * len(draws.generators))) if forced(cfg) else None
-    method: Method = kind(cfg, student, teacher, critic=critic, clips=clips)
-    return method
+    method: Any = kind(cfg, student, teacher, critic=critic, clips=clips)
+    if reward is not None and reward.name == "videoreward_mq":
+        judge: Any = BlankJudge()
+        shown: Any = {"input": reward.input or "correct", "fps": reward.fps}
+        method.reward = functools.partial(videoreward_mq, judge=judge, video_fps=student.shape.fps, **shown)
+    return cast(Method, method)
 
 
 def _blank(backbone: Backbone, layers: int) -> Backbone:
@@ -139,6 +149,38 @@ def _blank(backbone: Backbone, layers: int) -> Backbone:
 
     backbone.encode_text = encode  # type: ignore[method-assign]
     return backbone
+
+
+class BlankJudge:
+    """VideoReward's network without contents, as far as a block for frames and one for words: nothing outlives a block but what comes out."""
+
+    QUESTION = 1024  # tokens, more than a prompt and what is asked about it have
+
+    def __init__(self) -> None:
+        from rfbench.videoreward.frames import MAX_PIXELS
+        from rfbench.videoreward.model import About
+        from rfbench.videoreward.network import VideoRewardCfg, VideoRewardNet
+
+        cfg = VideoRewardCfg()
+        self.about = About(2.0, MAX_PIXELS, cfg.rank, cfg.alpha, (), ())
+        with META:
+            self.network: Any = VideoRewardNet(dataclasses.replace(cfg, layers=1, vision_depth=1)).bfloat16()
+
+    def score(self, videos: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """[B, 3]. Frames of a pair see each other, and words all that is before them."""
+        from rfbench.videoreward.frames import patches, token_count
+
+        cut, cfg, qwen = [patches(video) for video in videos], self.network.cfg, self.network.qwen
+        ends = [rows * columns for _, (pairs, rows, columns) in cut for _ in range(pairs)]
+        pixels = torch.cat([patch for patch, _ in cut])
+        x = torch.empty(len(pixels), cfg.vision_dim, dtype=torch.bfloat16, device=META)
+        angle = x[:, : cfg.vision_dim // cfg.vision_heads]
+        qwen.visual.blocks[0](x, cu_seqlens=torch.tensor([0, *itertools.accumulate(ends)]), position_embeddings=(angle, angle))
+        length = max(token_count(*video.shape) for video in videos) + self.QUESTION
+        y = torch.empty(len(videos), length, cfg.hidden, dtype=torch.bfloat16, device=META)
+        angle = y[..., : cfg.hidden // cfg.heads]
+        qwen.language_model.layers[0](y, position_embeddings=(angle, angle))
+        return torch.empty(len(videos), 3, device=META)
 
 
 def blank_reward(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
@@ -209,13 +251,15 @@ class Alive(TorchDispatchMode):
 
 @contextlib.contextmanager
 def flash() -> Iterator[None]:
-    """Attention keeps what FlashAttention keeps (arXiv:2307.08691)."""
-    kernels = dict(KERNELS)
+    """Attention keeps what FlashAttention keeps (arXiv:2307.08691); that of the reward's network, which has no gradients, the result alone."""
+    kernels, own = dict(KERNELS), functional.scaled_dot_product_attention
     KERNELS.update(dict.fromkeys(kernels, Flash.apply))
+    functional.scaled_dot_product_attention = lambda q_BHSD, *others, **how: torch.empty_like(q_BHSD)
     try:
         yield
     finally:
         KERNELS.update(kernels)
+        functional.scaled_dot_product_attention = own
 
 
 class Flash(torch.autograd.Function):
@@ -261,5 +305,5 @@ def _list(sizes: Mapping[str, int]) -> str:
 
 
 BESIDE = (
-    "not counted: what kernels and the allocator take for themselves, a pass of the reward, and the text encoder, which leaves before the first step"
+    "not counted: what kernels and the allocator take for themselves, a reward of one's own, and the text encoder, which leaves before the first step"
 )

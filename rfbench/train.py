@@ -127,9 +127,10 @@ class Trainer:
         self.drawn = sources is None
         self.student = self._student(sources or {})
         self.method = self._method(sources or {})
-        for module in self.method.modules.values():
+        for module in (*self.method.modules.values(), *self.method.frozen.values()):  # SiD's gradients go through the teacher
             if cfg.checkpointing and isinstance(module, WanDiT):
                 checkpointed(module)
+        for module in self.method.modules.values():
             self.ranks.split_trained(module)
         for frozen in self.method.frozen.values():
             self.ranks.split_frozen(frozen)

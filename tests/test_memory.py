@@ -22,6 +22,7 @@ from rfbench.methods.base import Batch
 from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
 from rfbench.methods.sid import Sid
+from rfbench.reward import videoreward_mq
 from rfbench.settings import HOME
 from rfbench.train import train
 from tests.test_methods import REDMD
@@ -63,7 +64,8 @@ def allocated(cfg: Recipe) -> tuple[int, int]:
     for module in method.modules.values():
         for weight in module.parameters():
             weight.grad = torch.zeros_like(weight)
-        if cfg.checkpointing:
+    if cfg.checkpointing:
+        for module in (*method.modules.values(), *method.frozen.values()):
             checkpointed(module)
     if cfg.method == "redmd":
         method.reward = lambda pixels, prompts: torch.zeros(len(prompts))
@@ -123,6 +125,22 @@ def test_a_dry_run_says_whether_it_fits(
         assert plan["autoencoder"] == pytest.approx(2 * 126.9e6, rel=0.01) and plan["reward"] == pytest.approx(2 * 2.21e9, rel=0.02)
         total = sum(plan.values()) / 2**30 + 17
         assert f"{total:.1f} GiB at most" in said and f"h200 leaves {139.8 - total:.1f} GiB" in said and "does not fit h100-pcie (79.2 GiB)" in said
+
+
+@pytest.mark.parametrize(
+    ("input", "patches", "tokens", "copies"), [("as_released", 41 * 24 * 42, 41 * 12 * 21, 1), ("correct", 5 * 24 * 40, 5 * 12 * 20, 2)]
+)
+def test_the_rewards_pass_is_counted(input: Any, patches: int, tokens: int, copies: int) -> None:
+    """By hand, 81 frames of 480x832: all pixels in float32, once or twice; in a block for frames queries and keys in float32, as they are, turned by
+    the rotary embedding and in parts, at 1280 a patch; in one for words three rows of 8960 a token. Nothing less, and not twice as much."""
+    alive, judge = memory.Alive(), memory.BlankJudge()
+    pixels = torch.empty(1, 81, 3, 480, 832, device="meta")
+    with alive, memory.flash(), torch.no_grad():
+        alive.mark("reward")
+        found = videoreward_mq(pixels, ["a red disc"], judge=judge, video_fps=16, input=input, fps=None)  # type: ignore[arg-type]
+    assert found.shape == (1,)
+    least = max(patches * 1280 * 4 * 6, (tokens + judge.QUESTION) * 8960 * 2 * 3, copies * 81 * 3 * 480 * 832 * 4)
+    assert least <= alive.found()["reward"] < 2 * least
 
 
 def test_room_is_told_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
