@@ -88,7 +88,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(capsys):
     for name, listed in (("vbench", prompts.FULL_INFO), ("vbench-extended", prompts.EXTENDED["self-forcing"])):
         text = listed.path.read_text(encoding="utf-8")
         listed.path.write_text(text + " ", encoding="utf-8")
-        with pytest.raises(UserError, match=r"is not the published file .*; `rfbench fetch` and the suite's name brings that"):
+        with pytest.raises(UserError, match=r"is not the published file .*; `rfbench fetch` with the suite's name brings it"):
             load_suite(name)
         listed.path.unlink()
         with pytest.raises(UserError, match="`rfbench fetch"):

@@ -183,9 +183,9 @@ def _lines(path: Path) -> Sequence[str]:
 def _right(listed: Listed) -> Path:
     """The path of a published file that is there and is the published one."""
     if not listed.path.is_file():
-        raise UserError(f"this suite needs {listed.file} of {listed.repo}; `rfbench fetch` and its name brings it")
+        raise UserError(f"this suite needs {listed.file} of {listed.repo}; `rfbench fetch` with the suite's name brings it")
     if sha256_of(listed.path) != listed.sha256:
         raise UserError(
-            f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); `rfbench fetch` and the suite's name brings that"
+            f"{listed.path} is not the published file (its sha256 is not {listed.sha256[:12]}...); `rfbench fetch` with the suite's name brings it"
         )
     return listed.path
