@@ -99,7 +99,7 @@ def generate(
                     for clip in clips:
                         append(clip)
                     progress.advance(tried)
-            made = _intact(directory, rows, alone=shard is None)
+            made = _intact(directory, rows, alone=shard is None) if todo or shard else kept
             run.result |= maker.result(directory, writer or "alone", len(mine)) | {"clips": len(made)}
             run.complete = len(made) == len(items)
     return directory

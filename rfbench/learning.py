@@ -35,7 +35,7 @@ class EmaCfg:
 class RewardCfg:
     """Weight exp(reward / beta) of each sample's distribution matching gradient (Re-DMD)."""
 
-    name: str  # of REWARDS, or `module:function` of your own: pixels [B, T, 3, H, W] in [-1, 1] and prompts -> [B]
+    name: str  # of REWARDS; `scorer.metric`; or `module:function` of your own: pixels [B, T, 3, H, W] in [-1, 1] and prompts -> [B]
     beta: float  # the paper's, which is one over the released code's (D-8)
     clip: float | None = None  # largest weight
     normalise: bool = False  # weights are divided by their mean over the whole batch, so that a step is as long as without a reward
@@ -47,6 +47,11 @@ class RewardCfg:
             raise UserError(f"reward '{self.name}' does not use 'input' and 'fps'; leave them out")
         if self.fps is not None and (self.input == "as_released" or not self.fps > 0):
             raise UserError("reward 'fps' is a positive rate, and input 'as_released' has no use for it: it is every frame")
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it is a scorer's metric."""
+        return "." in self.name and ":" not in self.name
 
 
 @dataclass(frozen=True)

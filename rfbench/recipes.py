@@ -11,11 +11,13 @@ from typing import Any
 
 from rfbench import strict
 from rfbench.backbones.base import open_backbone
-from rfbench.config import Recipe, WeightsCfg
+from rfbench.config import Recipe, RewardCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
 from rfbench.records import sha256_of
 from rfbench.registry import pick
+from rfbench.reward import REWARDS
+from rfbench.scored import scorer_of
 from rfbench.settings import settings
 from rfbench.weights import identity, resolve
 
@@ -56,6 +58,16 @@ def check(cfg: Recipe) -> None:
     for wrong, sentence in _problems(cfg):
         if wrong:
             raise UserError(f"recipe '{cfg.title}': {sentence}")
+    if cfg.reward is not None:
+        _check_reward(cfg.reward)
+
+
+def _check_reward(cfg: RewardCfg) -> None:
+    """Refuse a name that is no reward's; what it needs is looked for with the other files."""
+    if cfg.is_scored:
+        scorer_of(cfg.name)
+    elif ":" not in cfg.name:
+        pick(REWARDS, cfg.name, what="reward")
 
 
 def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
@@ -155,6 +167,8 @@ def inputs_of(cfg: Recipe, sources: dict[str, Path]) -> dict[str, Any]:
     found = {"recipe": strict.as_plain(cfg), "weights": checkpoints} | ({"files": hashes} if hashes else {})
     if cfg.reward is not None and ":" in cfg.reward.name:
         found["reward"] = _code_sha256(cfg.reward.name)
+    if cfg.reward is not None and cfg.reward.is_scored:
+        found["reward"] = scorer_of(cfg.reward.name).version
     return found
 
 

@@ -36,7 +36,7 @@ LAYERS = [
         "parallel",
         "vbench_worker",
     },
-    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome"},
+    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "scored"},
     {"pairs", "stopwatch", "ladder", "load", "logbook", "memory"},
     {
         "fetch",

@@ -308,8 +308,9 @@ def test_a_new_prompt_is_encoded_although_its_embedding_lies_on_disk(tmp_path):
     class Wan(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.denoiser: Any = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, dtype=torch.bfloat16)])
-            self.denoiser.cfg = DiTCfg(dim=1, ffn_dim=1, num_heads=1, num_layers=1, text_dim=1)
+            denoiser: Any = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, dtype=torch.bfloat16)])
+            denoiser.cfg = DiTCfg(dim=1, ffn_dim=1, num_heads=1, num_layers=1, text_dim=1)
+            self.denoiser = denoiser
             self.text = WanText(tmp_path, tmp_path, tmp_path, dtype=torch.bfloat16)
 
     backbone: Any = Wan()

@@ -25,8 +25,10 @@ from rfbench.generate import generate
 from rfbench.methods.base import METHODS, Batch
 from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
-from rfbench.recipes import files, inputs_of
+from rfbench.recipes import check, files, inputs_of
+from rfbench.registry import pick
 from rfbench.reward import reward_of
+from rfbench.scorers.base import SCORERS
 from rfbench.settings import HOME
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
@@ -83,6 +85,15 @@ def test_a_reward_may_be_a_function_of_ones_own() -> None:
     for name, problem in (("nowhere:x", "No module named 'nowhere'"), ("tests.test_recipes:x", "no attribute 'x'"), ("math:pi", "not a function")):
         with pytest.raises(UserError, match=problem):
             reward_of(RewardCfg(name, beta=1.0), 16)
+
+
+def test_a_reward_that_there_is_not_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for name, problem in (("toy_motoin", "did you mean 'toy_motion'"), ("motion.sped", "has no metric 'sped'; did you mean 'speed'")):
+        with pytest.raises(UserError, match=problem):
+            check(replace(recipe(tmp_path, "redmd"), reward=RewardCfg(name, beta=1.0)))
+    cfg = recipe(tmp_path, "redmd", reward={"name": "motion.speed", "beta": 1.0})
+    sources = {role: tmp_path / one.file for role, one in files(cfg).items()}
+    assert inputs_of(cfg, sources)["reward"] == pick(SCORERS, "motion", what="scorer").version
 
 
 def test_the_code_of_ones_own_reward_is_an_input(tmp_path: Path) -> None:

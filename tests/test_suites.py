@@ -234,7 +234,7 @@ def test_the_first_prompts_of_a_file_can_be_a_suite_and_have_to_be_there(tmp_pat
 
 
 def test_moviegen_is_taken_from_the_published_files_alone(folders: Path) -> None:
-    with pytest.raises(UserError, match=r"this suite needs prompts/MovieGenVideoBench\.txt of guandeh17/Self-Forcing; `rfbench fetch` with the suite's name"):
+    with pytest.raises(UserError, match=r"needs prompts/MovieGenVideoBench\.txt of guandeh17/Self-Forcing; `rfbench fetch` with the suite's name"):
         load_suite("moviegen-60s")
     path = folders / "weights" / "guandeh17" / "Self-Forcing" / "prompts" / "MovieGenVideoBench.txt"
     path.parent.mkdir(parents=True)

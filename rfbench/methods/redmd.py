@@ -14,6 +14,7 @@ from rfbench.errors import UserError
 from rfbench.methods.dmd import Dmd
 from rfbench.phases import phase
 from rfbench.reward import Reward, reward_of
+from rfbench.scored import scored
 
 
 class ReDmd(Dmd):
@@ -23,7 +24,9 @@ class ReDmd(Dmd):
         super().__init__(recipe, student, teacher, **more)
         assert recipe.reward is not None
         self.reward_cfg = recipe.reward
-        self.reward: Reward = reward_of(recipe.reward, student.shape.fps)
+        self.reward: Reward = (
+            scored(recipe.reward.name, student.shape.fps) if recipe.reward.is_scored else reward_of(recipe.reward, student.shape.fps)
+        )
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         phase("decode")
