@@ -479,18 +479,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(str(error))
         sys.exit(error.code)
     except UsageError as error:
-        where = error.ctx.command_path if error.ctx else "rfbench"
-        _say(f"{' '.join(error.format_message().split()).rstrip('.')} (see `{where} --help`)")
+        _say(f"{' '.join(error.format_message().split()).rstrip('.')} (see `{error.ctx.command_path if error.ctx else 'rfbench'} --help`)")
         sys.exit(2)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from here")
-        sys.exit(130)
+        code = 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"the disk is full ({error.filename or os.strerror(error.errno)}); free space, then the same command goes on from here")
+        elif isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)) and error.filename:
+            _say(f"{error.filename}: {os.strerror(error.errno or 0).lower()}; name another place")
+        else:
             raise
-        _say(f"the disk is full ({error.filename or os.strerror(error.errno)}); free space, then the same command goes on from here")
-        sys.exit(1)
-    if code == 130:  # typer turns Ctrl-C into this exit code when it is not standalone
+        code = 1
+    if code == 130:  # which typer may turn Ctrl-C into when it is not standalone
         _say("interrupted; the same command goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 

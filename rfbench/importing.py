@@ -36,13 +36,14 @@ def import_videos(folder: Path, baseline: str, suite: str, *, limit: int | None 
         UserError: the suite is unknown, files are missing, left over or not named as they should be (each is a line on
             stderr), or a video cannot be decoded (code 1).
     """
+    name = config.name_of(baseline)
+    records.run_name(name)
     asked = suites.load_suite(suite, limit)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of videos")
     found = matched(folder, asked)
     known = config.names_of(Baseline)
     cfg = config.load(Baseline, baseline) if baseline in known or Path(baseline).is_file() else _unknown(baseline)
-    name = config.name_of(baseline)
     if name not in known:
         say(f"'{name}' is no baseline here (`rfbench list baselines`): nothing is known about what it was trained on")
     hashes = {clip: records.sha256_of(path) for clip, path in found.items()}

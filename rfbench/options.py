@@ -11,6 +11,7 @@ import typer
 from rfbench import config
 from rfbench.config import Baseline, External, Recipe, Study
 from rfbench.errors import UserError
+from rfbench.records import run_name
 from rfbench.settings import settings
 
 COMPAT = "-compat"  # behind a scorer's name: with the habits of its original
@@ -56,7 +57,7 @@ def compatible(names: list[str]) -> list[str]:
 
 
 Fields = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, e.g. sampler.shift=3.", show_default=False)]
-Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", show_default=False)]
+Name = Annotated[str | None, typer.Option("--name", help="Call its directory this.", callback=run_name, show_default=False)]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what is there and start over.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the request and say what would be done.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a path or a table.")]

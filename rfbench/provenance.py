@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import rfbench
 from rfbench import mirror
 from rfbench.errors import UserError
-from rfbench.records import DONE, FAILED, RUNNING, Run, canonical, fingerprint, read_run, write_run
+from rfbench.records import DONE, FAILED, RUNNING, Run, canonical, fingerprint, read_run, run_name, write_run
 from rfbench.settings import HOME
 
 PACKAGES = (
@@ -179,8 +178,7 @@ def session(
     Raises:
         UserError: the directory holds a run with other inputs, or things that are no run; somebody else writes there (code 1).
     """
-    if not re.fullmatch(r"\w[\w.+@=,-]*(/\w[\w.+@=,-]*)*", name, re.ASCII):
-        raise UserError(f"a run cannot be called '{name}', which becomes a directory: use letters, digits and . + @ = , - _ in parts between slashes")
+    run_name(name)
     plain = json.loads(canonical(inputs))
     if fresh:
         if writer is not None:

@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,6 +88,19 @@ class Score:
 
 
 Row = TypeVar("Row")
+
+
+def run_name(name: str | None) -> str | None:
+    """A name that a user gives to runs; it may have parts between slashes.
+
+    Raises:
+        UserError: its directory would lie elsewhere.
+    """
+    if name is not None and not re.fullmatch(r"\w[\w.+@=,-]*(/\w[\w.+@=,-]*)*", name, re.ASCII):
+        raise UserError(
+            f"a run cannot be called '{name[:80]}', which becomes a directory: use letters, digits and . + @ = , - _ in parts between slashes"
+        )
+    return name
 
 
 def sha256_of(path: Path) -> str:

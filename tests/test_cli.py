@@ -259,3 +259,24 @@ def test_the_doctor_gives_the_command_that_mends(capsys):
     fixes = {check["name"]: check["fix"] for check in json.loads(out)}
     assert fixes["baseline wan/causvid"] == "rfbench fetch wan/causvid" and fixes["environment nova"] == "rfbench env nova"
     assert fixes["baseline toy/teacher"] == ""
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a b", "/x", "a//b", ".", "a/../b", "-x"])
+@pytest.mark.parametrize(
+    "command", [["train", "toy/teacher"], ["generate", "toy/ode-init"], ["profile", "toy/ode-init"]], ids=lambda command: command[0]
+)
+def test_a_name_that_leads_elsewhere_is_refused(command, name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, f"--name={name}"])
+    assert ended.value.code == 2 and "a run cannot be called" in capsys.readouterr().err
+
+
+def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def report(*_, **__):
+        (tmp_path / "file" / "below").mkdir(parents=True)
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("rfbench.generate.generate", report)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "toy/ode-init"])
+    assert ended.value.code == 1 and "name another place" in capsys.readouterr().err
