@@ -51,6 +51,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer gives out only this child of it
+CHUNKS = 20  # of a stream that is timed
 WHAT = ("recipes", "baselines", "suites", "studies", "claims", "scorers", "policies", "methods", "hardware", "environments")
 
 
@@ -228,7 +229,7 @@ def profile(
         ),
     ],
     compare: Annotated[bool, typer.Option("--compare", help="How many times as fast the first of two is, with its interval.")] = False,
-    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks of a stream.")] = 20,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks of a stream: 20.", show_default=False)] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds, each of which times everyone once.")] = 9,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Sets of fresh processes that repeat it all, one after another.")] = 1,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Speed does not depend on the weights: do without the file.")] = False,
@@ -247,18 +248,17 @@ def profile(
     alone = {"--ladder": ladder, "--train": training, "--batch": batch is not None, "--streams": streams}
     if any(alone.values()):
         (target, fields), *others = verb.grouped(baselines)
-        if compare or others or processes != 1 or sum(alone.values()) > 1:
-            raise UserError(f"{', '.join(alone)} take one baseline, or one recipe, each by itself; leave out --compare and --processes")
+        if compare or others or processes != 1 or sum(alone.values()) > 1 or (training and chunks is not None):
+            raise UserError(f"{', '.join(alone)} take one baseline, or one recipe, each by itself; leave out the rest, --chunks as well for --train")
         from rfbench import anatomy, load
         from rfbench import ladder as climb
 
         part: Any = anatomy if training else climb if ladder else load
-        how |= ({} if training else {"chunks": chunks}) | ({"batches": load.counts(batch)} if batch is not None else {})
+        how |= ({} if training else {"chunks": chunks or CHUNKS}) | ({"batches": load.counts(batch)} if batch is not None else {})
         directory = part.profile(target, fields, **how)
-        if os.environ.get("RANK", "0") == "0":  # of the processes of a launch, one speaks
-            print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json)
-        return
-    directory = verb.profile(baselines, compare=compare, chunks=chunks, processes=processes, **how)
+        first = os.environ.get("RANK", "0") == "0"  # of the processes of a launch, one speaks
+        return print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json) if first else None
+    directory = verb.profile(baselines, compare=compare, chunks=chunks or CHUNKS, processes=processes, **how)
     print_profile({"path": _shown(directory)} | verb.document(directory, compare), verb.table, as_json)
 
 

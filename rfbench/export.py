@@ -51,9 +51,8 @@ def export(run: Path, out: Path, *, scorer: str = "vbench") -> Path:
     if missing:
         raise UserError(f"the leaderboard wants all dimensions, and {len(missing)} are missing ({', '.join(missing)}); it would count them as 0")
     with records.atomic(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        entry = zipfile.ZipInfo(
-            f"{found.name.replace('/', '_')}_eval_results.json", (1980, 1, 1, 0, 0, 0)
-        )  # no clock: the same results, the same file
+        # no clock: the same results, the same file
+        entry = zipfile.ZipInfo(f"{found.name.replace('/', '_')}_eval_results.json", (1980, 1, 1, 0, 0, 0))
         archive.writestr(entry, json.dumps(results, indent=4))
     return out
 

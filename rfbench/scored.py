@@ -35,7 +35,7 @@ def scorer_of(name: str) -> Scorer:
 def scored(name: str, fps: int) -> Reward:
     """A reward [B] by a scorer: clips are written as files, scored, and forgotten. What is better when lower counts negative.
 
-    A metric of segments counts with the mean over a clip's.
+    A metric of segments counts with the mean over a clip's. A scorer opens its network for every batch; `videoreward_mq` keeps its own.
 
     Raises:
         UserError: as of `scorer_of`; the reward, with code 1: the scorer refuses a clip or says nothing of it.

@@ -88,6 +88,7 @@ def test_help_is_quick_because_it_loads_nothing_heavy():
         (["generate", "toy/teecher"], "there is no baseline 'toy/teecher'; did you mean 'toy/teacher'?"),
         (["train", "toy/techer"], "there is no recipe 'toy/techer'; did you mean 'toy/teacher'?"),
         (["train", "toy/teacher", "stesp=3"], "'stesp': Recipe has no field 'stesp'; did you mean 'steps'?"),
+        (["profile", "toy/teacher", "--train", "--chunks", "5"], "--ladder, --train, --batch, --streams take one baseline"),
         (["train", "toy/teacher", "--name", "../../x"], "a run cannot be called '../../x'"),
         (["generate", "toy/teacher", "--suite", "toy-shrot"], "there is no suite 'toy-shrot'; did you mean 'toy-short'?"),
         (["generate", "toy/teacher", "--suite", "smoke", "--shard", "3/2"], "--shard 3/2: write I/N with I from 1 to N"),

@@ -22,9 +22,8 @@ class Sid(Dmd):
         """Mean of (real - fake) ((real - video) - alpha (real - fake)) over the mean of |video - real|, of each clip: [B]."""
         assert self.cfg.sid_alpha is not None
         leaf = video_BFCHW.detach().requires_grad_()
-        self.critic.requires_grad_(
-            False
-        )  # its own turn is its own loss: nothing of this one may reach its weights, nor may blocks be recomputed later
+        # its own turn is its own loss: nothing of this one may reach its weights, nor may blocks be recomputed later
+        self.critic.requires_grad_(False)
         real, fake = self.scores(leaf, noise_BFCHW, t_B, text_BLE)
         error = identity_error(leaf.double(), real.double(), fake.double(), self.cfg.sid_alpha).mean((2, 3, 4))
         loss_B = error.mean(1) if mask_BF is None else (error * mask_BF).sum(1) / mask_BF.sum(1)
