@@ -47,7 +47,7 @@ class JudgeCfg:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Work of a pass that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.ladder`).
+    """Work of a pass that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.rungs`).
 
     What is asked for must be possible (`rfbench.backbones.wan.lean.taken`); None is where it is possible. Kernels and graphs have not
     run on a GPU yet, only on a CPU by an interpreter and a stand-in: who wants them asks for them.

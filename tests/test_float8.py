@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfbench import baselines, ladder, profiling, stopwatch
+from rfbench import baselines, ladder, profiling, rungs, stopwatch
 from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.config import Baseline, CacheCfg, SamplerCfg, find
@@ -132,8 +132,8 @@ def test_a_ladder_has_such_a_rung_or_says_why_not(monkeypatch: pytest.MonkeyPatc
     for why in (None, "needs another device"):
         monkeypatch.setattr(float8, "missing", lambda device, why=why: why)
         found, left_out = ladder.approximations("toy/ode-init", [], ready, backbone)
-        names = [way.name for way in ladder.ways(backbone, ready.cfg.sampler, found)]
-        assert (ladder.EIGHT in names) == (why is None) and left_out.get(ladder.EIGHT) == why
+        names = [way.name for way in rungs.ways(backbone, ready.cfg.sampler, found)]
+        assert (rungs.EIGHT in names) == (why is None) and left_out.get(rungs.EIGHT) == why
 
 
 def test_where_it_cannot_be_it_is_an_error() -> None:

@@ -37,7 +37,7 @@ LAYERS = [
         "vbench_worker",
     },
     {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "scored"},
-    {"pairs", "stopwatch", "ladder", "load", "logbook", "memory"},
+    {"pairs", "stopwatch", "rungs", "ladder", "load", "logbook", "memory"},
     {
         "fetch",
         "train",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfbench import baselines, cli, ladder, profiling, records, stopwatch, timing
+from rfbench import baselines, cli, profiling, records, rungs, stopwatch, timing
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan.dit import DiTCfg
 from rfbench.backbones.wan.text import WanText
@@ -380,7 +380,7 @@ def outcome(words: list[str]) -> int:
 
 
 def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ladder, "ENOUGH", 2)
+    monkeypatch.setattr(rungs, "ENOUGH", 2)
     path = models.write(tmp_path, "student")
     fields = ["sampler.steps=[1000,500]", "--chunks", "5", "--repeats", "2", "--name", "climb"]
     assert outcome(["profile", str(path), "--ladder", *fields]) == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rfbench import flops, hardware, ladder
+from rfbench import flops, hardware, rungs
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
@@ -77,29 +77,29 @@ def test_the_comparison_sees_a_wrong_sink(backbone):
 
 def test_the_ladder_has_one_more_shortcut_on_each_rung_and_then_what_is_approximate(backbone, monkeypatch):
     """Each exact rung is the video of rung 0, and as near to float32 in bfloat16."""
-    monkeypatch.setattr(ladder, "ENOUGH", 4)
+    monkeypatch.setattr(rungs, "ENOUGH", 4)
     cfg = student()
-    ways = ladder.ways(backbone, cfg, {"no context": (backbone, dataclasses.replace(cfg, context="last_step"))})
-    found = ladder.climb("a red disc moves right", ways, chunks=5, turns=1, peak=0.1)
+    ways = rungs.ways(backbone, cfg, {"no context": (backbone, dataclasses.replace(cfg, context="last_step"))})
+    found = rungs.climb("a red disc moves right", ways, chunks=5, turns=1, peak=0.1)
     names = usable(torch.device("cpu"))
-    assert [rung.name for rung in found] == ["naive", "slots", *names, ladder.EIGHT, "no context"]
+    assert [rung.name for rung in found] == ["naive", "slots", *names, rungs.EIGHT, "no context"]
     assert set(names) <= {field.name for field in dataclasses.fields(Shortcuts)}
     assert (found[0].ratio, found[0].whole, found[0].error["long"].ratio) == (1.0, 0.0, 1.0)
     assert found[-2].kind == "approximate" and 1e-3 < found[-2].whole < 0.3
     for rung in found[:-2]:
         assert max(rung.first, rung.steady, rung.whole) <= 1e-6
-        assert rung.exact and set(rung.error) == set(ladder.PLACES)
+        assert rung.exact and set(rung.error) == set(rungs.PLACES)
         assert rung.dit_fps == pytest.approx(12000 / rung.ms) and rung.dit_fps > rung.e2e_fps
         assert rung.share == pytest.approx(rung.tflops / 0.1)
         assert rung.tflops == pytest.approx(flops.dit_chunk(backbone, cfg, 4) / rung.ms / 1e9)
     assert found[-1].whole > 1e-3 and not found[-1].error and not found[-1].exact
     with pytest.raises(ValueError, match="never gets steady"):
-        ladder.climb("a red disc moves right", ways, chunks=4, turns=1, peak=None)
+        rungs.climb("a red disc moves right", ways, chunks=4, turns=1, peak=None)
 
 
 def test_rungs_decode_and_copy_by_their_own_shortcuts(backbone, monkeypatch):
     """Whatever this machine's settings are: rung 0 by none, each later one by those that it has."""
-    monkeypatch.setattr(ladder, "usable", lambda device: ["modulation", "kernels", "bytes", "copies"])
+    monkeypatch.setattr(rungs, "usable", lambda device: ["modulation", "kernels", "bytes", "copies"])
     latents, seen = [torch.zeros(1, 3, 8, 6, 8)] * 5, dict[str, set[Any]]()
 
     class Watched:
@@ -113,18 +113,18 @@ def test_rungs_decode_and_copy_by_their_own_shortcuts(backbone, monkeypatch):
             return decode
 
     before = hardware.shortcuts()
-    for way in ladder.ways(cast(Backbone, Watched()), student()):
-        ladder.decoding_seconds(way, latents)
-    assert seen["naive"] == seen["slots"] == {ladder.NONE}
+    for way in rungs.ways(cast(Backbone, Watched()), student()):
+        rungs.decoding_seconds(way, latents)
+    assert seen["naive"] == seen["slots"] == {rungs.NONE}
     has = {name: [field for field, on in dataclasses.asdict(*taken).items() if on] for name, taken in seen.items()}
     assert has["modulation"] == ["modulation"] and has["kernels"] == ["modulation", "kernels"]
-    assert has["copies"] == has[ladder.EIGHT] == ["modulation", "kernels", "bytes", "copies"]
+    assert has["copies"] == has[rungs.EIGHT] == ["modulation", "kernels", "bytes", "copies"]
     assert hardware.shortcuts() == before
 
 
 def test_a_ladder_shows_a_rung_that_is_not_exact(backbone, monkeypatch):
     """A sink that is off by a tenth of the average shows in the latents, and where the error is bounded."""
-    monkeypatch.setattr(ladder, "ENOUGH", 4)
+    monkeypatch.setattr(rungs, "ENOUGH", 4)
     right = student()
     assert right.cache is not None
     wrong = dataclasses.replace(right, cache=dataclasses.replace(right.cache, alpha=0.8))
@@ -132,10 +132,10 @@ def test_a_ladder_shows_a_rung_that_is_not_exact(backbone, monkeypatch):
     def off(b, text, latents, cfg, noise, given):
         return naive(b, text, latents, wrong, noise, given)
 
-    ways = [ladder.Way(name, "exact", run, backbone, right) for name, run in (("right", ladder.reference), ("wrong", off))]
-    _, rung = ladder.climb("a red disc moves right", ways, chunks=6, turns=1, peak=None)
+    ways = [rungs.Way(name, "exact", run, backbone, right) for name, run in (("right", rungs.reference), ("wrong", off))]
+    _, rung = rungs.climb("a red disc moves right", ways, chunks=6, turns=1, peak=None)
     assert rung.first == 0 and rung.whole > 1e-4
-    assert rung.error["long"].low > ladder.WITHIN and not rung.exact
+    assert rung.error["long"].low > rungs.WITHIN and not rung.exact
 
 
 def test_what_the_plain_loop_cannot_do_has_no_ladder():
@@ -176,7 +176,7 @@ def test_without_a_clean_pass_later_chunks_look_back_at_the_last_step(backbone, 
 
 def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypatch):
     """At the first clip or later on; rung 0 must not, and without anybody to name it to no rung may."""
-    monkeypatch.setattr(ladder, "ENOUGH", 2)
+    monkeypatch.setattr(rungs, "ENOUGH", 2)
     cfg, calls = student(), list[int]()
 
     def fails(*given):
@@ -184,18 +184,18 @@ def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypat
 
     def fails_later(*given):
         calls.append(1)
-        return (fails if len(calls) > 1 else ladder.reference)(*given)
+        return (fails if len(calls) > 1 else rungs.reference)(*given)
 
-    runs = {"naive": ladder.reference, "bad": fails, "worse": fails_later, "good": ladder.streamed(Shortcuts())}
-    ways = [ladder.Way(name, "exact", run, backbone, cfg, None) for name, run in runs.items()]
+    runs = {"naive": rungs.reference, "bad": fails, "worse": fails_later, "good": rungs.streamed(Shortcuts())}
+    ways = [rungs.Way(name, "exact", run, backbone, cfg, None) for name, run in runs.items()]
     broken, rows = dict[str, str](), list[dict[str, Any]]()
-    found = ladder.climb("a red disc moves right", ways, chunks=5, turns=2, peak=None, keep=rows.append, broken=broken)
+    found = rungs.climb("a red disc moves right", ways, chunks=5, turns=2, peak=None, keep=rows.append, broken=broken)
     assert [rung.name for rung in found] == ["naive", "good"] and found[1].exact
     assert broken == dict.fromkeys(["bad", "worse"], "RuntimeError: no such instruction")
     assert [(row["rung"], row["turn"], len(row["seconds"])) for row in rows] == [(name, turn, 2) for turn in (0, 1) for name in ("naive", "good")]
     for steps in ([ways[1]], ways[:2]):
         with pytest.raises(RuntimeError, match="no such instruction"):
-            ladder.climb("a red disc moves right", steps, chunks=5, turns=1, peak=None, broken={} if len(steps) == 1 else None)
+            rungs.climb("a red disc moves right", steps, chunks=5, turns=1, peak=None, broken={} if len(steps) == 1 else None)
 
 
 class Counted(TorchDispatchMode):
