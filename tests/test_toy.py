@@ -70,6 +70,32 @@ def test_clips_come_back_almost_as_they_were(autoencoder: toy.Autoencoder, pixel
 
 
 @torch.no_grad()
+def test_the_tiny_decoder_is_the_best_that_a_patch_of_its_own_can_do(autoencoder: toy.Autoencoder, pixels: Tensor) -> None:
+    """On the clips of the fit, numpy's least squares from each latent to the patch that it was made of; and neighbours know more."""
+    rng = np.random.default_rng(0)
+    _, fitted_on = world.draw_clips(0, [world.draw_caption(rng) for _ in range(12)], 81)
+    clips = torch.from_numpy(fitted_on)
+    latents, target = autoencoder.encode(clips), toy.patches(clips)
+    z, wanted = latents.permute(0, 1, 3, 4, 2).flatten(0, 3).double().numpy(), target.flatten(0, 3).double().numpy()
+    best = (z @ np.linalg.lstsq(z, wanted, rcond=None)[0]).reshape(target.shape).clip(-1 - toy.GREY, 1 - toy.GREY)
+    guessed = toy.patches(autoencoder.guess(latents)[:, 3:])  # in which the first frame is repeated, as in no guess
+    assert np.abs(guessed.double().numpy() - best)[:, 1:].max() < 1e-4
+    ways = toy.ToyDecoder(autoencoder), toy.TinyToyDecoder(autoencoder)
+    full, tiny = (float((decode(autoencoder.encode(pixels)) - pixels).square().mean()) for decode in ways)
+    assert 1.1 < tiny / full < 3
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+@torch.no_grad()
+def test_the_tiny_decoder_streams(autoencoder: toy.Autoencoder, sizes: list[int]) -> None:
+    latents = torch.randn(2, sum(sizes), toy.CHANNELS, 6, 8, generator=torch.Generator().manual_seed(len(sizes)))
+    decode, at_once = toy.TinyToyDecoder(autoencoder), toy.TinyToyDecoder(autoencoder)(latents)
+    assert torch.equal(torch.cat([decode(part) for part in latents.split(sizes, dim=1)], 1), at_once)
+    assert at_once.shape == (2, pixel_frames(sum(sizes)), 3, 48, 64)
+
+
+@torch.no_grad()
 def test_a_latent_holds_four_frames_and_the_first_latent_one(autoencoder: toy.Autoencoder, pixels: Tensor) -> None:
     latents = autoencoder.encode(pixels)
     assert latents.shape == (2, 8, toy.CHANNELS, 6, 8)

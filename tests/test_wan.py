@@ -134,8 +134,8 @@ def test_precision_decides_what_is_stored_how(precision, islands, rest, vae):
 
 
 def test_a_setting_that_a_backbone_does_not_have_is_refused():
-    with pytest.raises(UserError, match="backbone 'toy' does not use 'decoder'; leave it out"):
-        open_backbone("toy", decoder="tiny")
+    with pytest.raises(UserError, match="backbone 'toy' does not use 'reduced'; leave it out"):
+        open_backbone("toy", reduced=True)
     with pytest.raises(UserError, match="backbone 'toy' does not use 'precision'"):
         load("toy", WeightsCfg("x"), Path("x"), precision="bfloat16")
 

@@ -3,7 +3,8 @@
 The autoencoder follows Wan's temporal rule (first frame alone, then 4 frames per latent). Its encoder projects patches of
 4 frames x 8 x 8 pixels on their principal components; its decoder is the best linear guess of a patch from the 3 x 3 latents
 around it and those one latent frame earlier, so patch borders do not show, and it streams: its state is one latent frame.
-Both are fitted in closed form by `fit_autoencoder`. Space is a torus, as in `rfbench.world`.
+Both are fitted in closed form by `fit_autoencoder`. Space is a torus, as in `rfbench.world`. The tiny decoder, which stands for the one of
+Wan, puts a patch together from its own components alone: an eighteenth of the arithmetic, and patch borders show.
 
 Shapes: B batch, F latent frames, C channels, h and w latent rows and columns, T pixel frames, H and W pixel rows and columns,
 L text tokens, E text width, P values per patch (3 x 4 x 8 x 8).
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,10 @@ class Autoencoder(nn.Module):
         pixels = unpatch(around(torch.cat([earlier, z], dim=1)) @ self.decode_QP)
         return (pixels[:, TEMPORAL - 1 :] if before_B1CHW is None else pixels).clamp(-1, 1)
 
+    def guess(self, latent_BFCHW: Tensor) -> Tensor:
+        """What each latent holds of its own patch: pixels [B, 4 F, 3, H, W]. The components are orthonormal, so no weights are needed for that."""
+        return unpatch((latent_BFCHW.permute(0, 1, 3, 4, 2) * self.scale_C) @ self.encode_PC.T).clamp(-1, 1)
+
 
 def patches(pixel_BTCHW: Tensor) -> Tensor:
     """Patches relative to the background: [B, F, h, w, P]; the first frame is repeated to fill its patch."""
@@ -142,18 +148,32 @@ class ToyDecoder:
         return pixels
 
 
+class TinyToyDecoder:
+    """Streaming state of a batch of clips being decoded approximately: whether they have begun."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder
+        self.begun = False
+
+    def __call__(self, latent_BFCHW: Tensor) -> Tensor:
+        pixels = self.autoencoder.guess(latent_BFCHW)
+        self.begun, begun = True, self.begun
+        return pixels if begun else pixels[:, TEMPORAL - 1 :]
+
+
 class ToyBackbone(nn.Module):
     """Denoiser, text encoder and autoencoder of the toy world; one safetensors file holds all three."""
 
     shape = SHAPE
 
-    def __init__(self, *, precision: Streamed = "float32") -> None:
+    def __init__(self, *, precision: Streamed = "float32", decoder: Literal["vae", "tiny"] = "vae") -> None:
         super().__init__()
         if precision not in ("float32", "float8"):
             raise UserError(f"backbone 'toy' does not use 'precision' {precision}; it computes in float32, or approximately with float8")
         self.denoiser = WanDiT(replace(DIT, float8=precision == "float8"))
         self.text = ToyText()
         self.autoencoder = Autoencoder()
+        self.tiny = decoder == "tiny"
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         return self.text(prompts)
@@ -167,7 +187,7 @@ class ToyBackbone(nn.Module):
         return latents
 
     def decoder(self) -> Decoder:
-        return ToyDecoder(self.autoencoder)
+        return TinyToyDecoder(self.autoencoder) if self.tiny else ToyDecoder(self.autoencoder)
 
     def parts(self) -> dict[str, WeightsCfg]:
         return {}
