@@ -2,20 +2,40 @@
 
 Where the products are of 8-bit floats (`rfbench.backbones.wan.float8`), what comes out for them is quantised on the way.
 
-Tested with Triton's interpreter on a CPU; none of them has run on a GPU yet.
+Tested with Triton's interpreter on a CPU, and compiled ahead of time for Hopper (registers, loads and stores of 16 bytes); none of them has
+run on a GPU yet.
 
 Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has room for, M width, h heads, D head width, G groups of rows.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+PLAIN: dict[str, Any] = {"enable_fp_fusion": False}  # products and sums round one by one, as in torch and in the interpreter: bytes are promised
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def _warps(numbers: int, each: int = 1024) -> int:
+    """Of a program that holds so many: 32 or 64 a thread fit its registers, and a row that is one warp's has no other to wait for."""
+    return max(1, min(16, numbers // each))
+
+
+@triton.jit
+def _pairs(value):
+    """What lies at even places, and what lies at odd ones: read in one piece and taken apart after, 16 bytes go to a thread at once."""
+    return tl.split(tl.reshape(value, (value.shape[0] // 2, 2)))
+
+
+@triton.jit
+def _rotated(value, cos, sin):
+    even, odd = _pairs(value)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), value.shape)
 
 
 @triton.jit
@@ -33,41 +53,27 @@ def _place(
     eps,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
-    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
     RAW: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     token = row % tokens
-    pair = tl.arange(0, PAIRS)
-    there = pair < WIDTH // 2
-    even = 2 * pair
-    angle = rotation + token * HEAD + 2 * (pair % (HEAD // 2))
-    cos = tl.load(angle, there, 0.0)
-    sin = tl.load(angle + 1, there, 0.0)
-    own = qkv + row * 3 * WIDTH + even
-    place = ((row // tokens) * room + tl.load(rows + token)) * WIDTH + even
+    at = tl.arange(0, BLOCK)
+    there = at < WIDTH
+    own = qkv + row.to(tl.int64) * (3 * WIDTH) + at
+    q = tl.load(own, there, 0.0).to(tl.float32)
+    k = tl.load(own + WIDTH, there, 0.0).to(tl.float32)
+    v = tl.load(own + 2 * WIDTH, there, 0.0)
+    cos, sin = _pairs(tl.load(rotation + token.to(tl.int64) * HEAD + at % HEAD))
+    place = ((row // tokens) * room + tl.load(rows + token)) * WIDTH + at
 
-    a = tl.load(own, there, 0.0).to(tl.float32)
-    b = tl.load(own + 1, there, 0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(a * a + b * b) / WIDTH + eps)
-    a = a * scale * tl.load(gain + even, there, 0.0).to(tl.float32)
-    b = b * scale * tl.load(gain + even + 1, there, 0.0).to(tl.float32)
-    tl.store(queries + row * WIDTH + even, a * cos - b * sin, there)
-    tl.store(queries + row * WIDTH + even + 1, a * sin + b * cos, there)
-
-    a = tl.load(own + WIDTH, there, 0.0).to(tl.float32)
-    b = tl.load(own + WIDTH + 1, there, 0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(a * a + b * b) / WIDTH + eps)
-    a = a * scale * tl.load(gain + WIDTH + even, there, 0.0).to(tl.float32)
-    b = b * scale * tl.load(gain + WIDTH + even + 1, there, 0.0).to(tl.float32)
-    tl.store(keys + place, a * cos - b * sin, there)
-    tl.store(keys + place + 1, a * sin + b * cos, there)
+    q = q * tl.rsqrt(tl.sum(q * q) / WIDTH + eps) * tl.load(gain + at, there, 0.0).to(tl.float32)
+    k = k * tl.rsqrt(tl.sum(k * k) / WIDTH + eps) * tl.load(gain + WIDTH + at, there, 0.0).to(tl.float32)
+    tl.store(queries + row.to(tl.int64) * WIDTH + at, _rotated(q, cos, sin), there)
+    tl.store(keys + place, _rotated(k, cos, sin), there)
     if RAW:
-        tl.store(raw + place, a, there)
-        tl.store(raw + place + 1, b, there)
-
-    tl.store(values + place, tl.load(own + 2 * WIDTH, there, 0.0), there)
-    tl.store(values + place + 1, tl.load(own + 2 * WIDTH + 1, there, 0.0), there)
+        tl.store(raw + place, k, there)
+    tl.store(values + place, v, there)
 
 
 def place(
@@ -86,27 +92,28 @@ def place(
     (batch, room, heads, head), tokens, width = keys.shape, len(rows_S), gain_2M.shape[-1]
     queries = torch.empty(batch, tokens, heads, head, dtype=keys.dtype, device=keys.device)
     angles = torch.view_as_real(rotation_S1D)
-    sizes: dict[str, Any] = {"WIDTH": width, "HEAD": head, "PAIRS": triton.next_power_of_2(width // 2), "RAW": raw is not None}
-    grid = (batch * tokens,)
-    _place[grid](qkv_R3M, gain_2M, angles, rows_S, queries, keys, keys if raw is None else raw, values, tokens, room, eps, **sizes)
+    block = triton.next_power_of_2(width)
+    sizes: dict[str, Any] = {"WIDTH": width, "HEAD": head, "BLOCK": block, "RAW": raw is not None, "num_warps": _warps(block)}
+    given = (qkv_R3M, gain_2M, angles, rows_S, queries, keys, keys if raw is None else raw, values)
+    _place[(batch * tokens,)](*given, tokens, room, eps, **sizes, **PLAIN)
     return queries
 
 
 @triton.jit
 def _to_float8(value):
-    """To the nearest of float8_e4m3fn, halves to even. Rounded before it is converted: Triton's interpreter does not carry into the exponent."""
-    bits = value.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    fixed = (value + 24576.0) - 24576.0  # below its least normal number it knows multiples of 2^-9: 24576 leaves a float32 as many bits
-    return tl.where(tl.abs(value) < 0.015625, fixed, normal).to(tl.float8e4nv)
+    """To the nearest of float8_e4m3fn, halves to even. Triton's interpreter, which does not carry into the exponent, gets what is rounded before."""
+    if INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        fixed = (value + 24576.0) - 24576.0  # below its least normal number it knows multiples of 2^-9: 24576 leaves a float32 as many bits
+        value = tl.where(tl.abs(value) < 0.015625, fixed, normal)
+    return value.to(tl.float8e4nv)
 
 
 @triton.jit
-def _store_float8(value, out, scales, row, at, there, WIDTH: tl.constexpr):
-    """A row as `rfbench.backbones.wan.float8.quantised` gives it."""
-    scale = tl.maximum(tl.max(tl.abs(tl.where(there, value, 0.0))), 1e-12) / 448.0
-    tl.store(scales + row, scale)
-    tl.store(out + row * WIDTH + at, _to_float8(value / scale), there)
+def _scale(value):
+    """Of a row of float8, as `rfbench.backbones.wan.float8.quantised` gives it."""
+    return tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
 
 
 @triton.jit
@@ -128,26 +135,28 @@ def _norm(
     ADDED: tl.constexpr,
     EIGHT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
+    row = number.to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = at < WIDTH
-    table = (row // group) * WIDTH + at
+    table = (number // group) * WIDTH + at
     value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
     if ADDED:
         more = tl.load(y + row * WIDTH + at, there, 0.0).to(tl.float32)
         if GATED:
-            more = more * tl.load(gate + (row // gate_group) * WIDTH + at, there, 0.0).to(tl.float32)
-        value = value + more
-        tl.store(total + row * WIDTH + at, value, there)
-        value = value.to(total.dtype.element_ty).to(tl.float32)
+            more = more * tl.load(gate + (number // gate_group) * WIDTH + at, there, 0.0).to(tl.float32)
+        rounded = (value + more).to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + at, rounded, there)
+        value = rounded.to(tl.float32)
     middle = tl.sum(value) / WIDTH
     value = tl.where(there, value - middle, 0.0)
     value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps)
     value = value * tl.load(gain + table, there, 0.0).to(tl.float32) + tl.load(shift + table, there, 0.0).to(tl.float32)
     if EIGHT:
-        _store_float8(value, out, scales, row, at, there, WIDTH)
-    else:
-        tl.store(out + row * WIDTH + at, value, there)
+        scale = _scale(value)  # which is zero where nothing is there, as shift and gain are
+        tl.store(scales + row, scale)
+        value = _to_float8(value * (1.0 / scale))
+    tl.store(out + row * WIDTH + at, value, there)
 
 
 Rows = Tensor | tuple[Tensor, Tensor]  # in the dtype of the gain; or with `eight` in 8 bits, and a scale for each row
@@ -171,48 +180,69 @@ def _launch(x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor, shi
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn if eight else gain.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if eight else out
     groups, gates = gain.numel() // width, 1 if gate is None else gate.numel() // width
-    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "GATED": gate is not None, "ADDED": y is not None}
+    block = triton.next_power_of_2(width)
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": block, "GATED": gate is not None, "ADDED": y is not None, "num_warps": _warps(block, 2048)}
     given = (x, x if gate is None else gate.contiguous(), x if y is None else y, total, shift.contiguous(), gain.contiguous(), out, scales)
-    _norm[(rows,)](*given, rows // groups, rows // gates, eps, EIGHT=eight, **sizes)
+    _norm[(rows,)](*given, rows // groups, rows // gates, eps, EIGHT=eight, **sizes, **PLAIN)
     return (out, scales) if eight else out
 
 
 @triton.jit
-def _quantised(x, out, scales, slope, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _sigmoid(value):
+    """By 2^x and 1 / sqrt(x), each of which is one instruction of a GPU: e^x and a division, no nearer, come with steps for numbers below 2^-126."""
+    root = tl.rsqrt(1.0 + tl.exp2(value * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def _gelu(value):
+    """The tangent form: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    return value * _sigmoid(value * (1.5957691216057308 + 0.07135481627159956 * (value * value)))
+
+
+@triton.jit
+def _quantised(x, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    there = at < WIDTH
-    value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
+    at, behind = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    first = tl.load(x + row * WIDTH + at).to(tl.float32)
+    rest = tl.load(x + row * WIDTH + behind, behind < WIDTH, 0.0).to(tl.float32)
     if GELU:
-        value = value * tl.sigmoid(slope * (value + 0.044715 * value * value * value))
-    _store_float8(value, out, scales, row, at, there, WIDTH)
+        first, rest = _gelu(first), _gelu(rest)
+    scale = tl.maximum(_scale(first), _scale(rest))
+    tl.store(scales + row, scale)
+    tl.store(out + row * WIDTH + at, _to_float8(first * (1.0 / scale)))
+    tl.store(out + row * WIDTH + behind, _to_float8(rest * (1.0 / scale)), behind < WIDTH)
 
 
 def quantised(x_RM: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """`rfbench.backbones.wan.float8.quantised`, of GELU's tangent form or of the rows as they are."""
-    (rows, width), slope = x_RM.shape, 2 * math.sqrt(2 / math.pi)
+    rows, width = x_RM.shape
     out, scales = torch.empty(x_RM.shape, dtype=torch.float8_e4m3fn, device=x_RM.device), torch.empty(rows, 1, device=x_RM.device)
-    block = triton.next_power_of_2(width)
-    _quantised[(rows,)](x_RM.contiguous(), out, scales, slope, WIDTH=width, BLOCK=block, GELU=gelu, num_warps=4 if block <= 2048 else 16)
+    block = triton.next_power_of_2(width) // 2
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": block, "REST": triton.next_power_of_2(width - block), "num_warps": _warps(block)}
+    _quantised[(rows,)](x_RM.contiguous(), out, scales, GELU=gelu, **sizes, **PLAIN)
     return out, scales
 
 
 @triton.jit
-def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    there = at < WIDTH
-    value = tl.load(x + row * WIDTH + at, there, 0.0).to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value) / WIDTH + eps) * tl.load(gain + at, there, 0.0).to(tl.float32)
-    tl.store(out + (row // rows) * stride + (row % rows) * WIDTH + at, value * tl.sigmoid(value), there)
+def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    clip, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None]
+    there = (row < rows) & (channel < WIDTH)
+    at = row.to(tl.int64) * WIDTH + channel
+    value = tl.load(x + clip * rows * WIDTH + at, there, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + eps)
+    value = value * scale * tl.load(gain + channel, channel < WIDTH, 0.0).to(tl.float32)
+    tl.store(out + clip * stride + at, value * _sigmoid(value), there)
 
 
 def norm_silu(x_BTHWC: Tensor, gain_C: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """SiLU of the RMS norm over the last axis: the autoencoder's, one pixel a row. `x_BTHWC` is contiguous, and every clip of `out` is."""
     out, width = torch.empty_like(x_BTHWC) if out is None else out, x_BTHWC.shape[-1]
     rows = x_BTHWC[0].numel() // width
-    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width)}
-    _norm_silu[(len(x_BTHWC) * rows,)](x_BTHWC, gain_C, out, rows, out.stride(0), eps, **sizes)
+    block = triton.next_power_of_2(width)
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
+    _norm_silu[(triton.cdiv(rows, sizes["ROWS"]), len(x_BTHWC))](x_BTHWC, gain_C, out, rows, out.stride(0), eps, **sizes, **PLAIN)
     return out
 
 
@@ -221,15 +251,12 @@ def _as_uint8(x, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, at < count, 0.0).to(tl.float32) * 127.5 + 127.5
     value = tl.minimum(tl.maximum(value, 0.0), 255.0)
-    whole = tl.floor(value)
-    over = value - whole
-    odd = whole - 2 * tl.floor(whole / 2)
-    whole = whole + tl.where((over > 0.5) | ((over == 0.5) & (odd == 1.0)), 1.0, 0.0)  # halves go to the even side, as torch rounds
-    tl.store(out + at, whole.to(tl.uint8), at < count)
+    value = (value + 8388608.0) - 8388608.0  # 2^23 leaves a float32 no halves: they go to the even side, as torch rounds
+    tl.store(out + at, value.to(tl.uint8), at < count)
 
 
 def as_uint8(x: Tensor) -> Tensor:
     """Contiguous values of [-1, 1] as bytes, rounded as `rfbench.video.as_uint8` does."""
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    _as_uint8[(triton.cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024)
+    _as_uint8[(triton.cdiv(x.numel(), 2048),)](x, out, x.numel(), BLOCK=2048, **PLAIN)
     return out
