@@ -129,6 +129,11 @@ def _rows(slots: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
     return to_device(torch.cat([torch.arange(slot * tokens, (slot + 1) * tokens) for slot in slots]), device)
 
 
+def room(cfg: CacheCfg, latents: int) -> int:
+    """Frames that the cache of a clip of `latents` latent frames holds at a time."""
+    return latents if cfg.window is None else min(cfg.window, max(latents, cfg.sink or 0))
+
+
 Gradients = Literal["detached", "in_place"]
 
 
@@ -152,7 +157,7 @@ class KVCache:
         self.shape = shape
         self.gradients = gradients
         self.tokens = shape.height * shape.width
-        slots = shape.latents if cfg.window is None else min(cfg.window, max(shape.latents, cfg.sink or 0))
+        slots = room(cfg, shape.latents)
         size = (shape.batch, slots * self.tokens, shape.heads, shape.head_dim)
 
         def buffers() -> list[Tensor]:

@@ -19,9 +19,8 @@ from rfbench.errors import UserError
 from rfbench.naive import possible
 from rfbench.rungs import EIGHT, climb, ways
 from rfbench.settings import settings
-from rfbench.stopwatch import precision
+from rfbench.stopwatch import precision, refuse_short
 from rfbench.suites import load_suite
-from rfbench.timing import STEADY
 
 APPROXIMATE = {  # what a baseline can be set to that changes its videos, each for itself
     "no context": ("sampler.context=last_step",),
@@ -46,13 +45,12 @@ def profile(
     Raises:
         UserError: the baseline cannot be used, or what it does has no plain loop to begin with, or too few chunks.
     """
-    if chunks < STEADY + 2:
-        raise UserError(f"--chunks {chunks} never gets steady: the first {STEADY} are not counted; the least is {STEADY + 2}")
     ready = baselines.prepare(baseline, fields, name=name, random_weights=random_weights, reduced=reduced)
     if not possible(ready.cfg.sampler):
         raise UserError(f"'{baseline}' has no ladder: rung 0 knows few steps with fresh noise over a plain cache, and neither guidance nor shots")
     if ready.cfg.precision == "float8":
         raise UserError(f"'{baseline}' with precision 'float8' has no ladder of its own: that is a rung of the other's; leave it out")
+    refuse_short(ready, chunks)
     device = baselines.device()
     machine = hardware.name(device)
     directory = settings().runs / "ladder" / ready.name / machine

@@ -62,7 +62,7 @@ def trends(turns: Iterable[Turn]) -> dict[str, Trend]:
     seconds: dict[int, list[float]] = {}
     held: dict[int, list[float]] = {}
     for turn in turns:
-        for before, chunk in itertools.pairwise(steady(turn.stream)):
+        for before, chunk in itertools.pairwise(steady(turn.stream, turn.steady)):
             seconds.setdefault(chunk.index, []).append(chunk.readable - before.readable)
             if chunk.held_bytes is not None:
                 held.setdefault(chunk.index, []).append(float(chunk.held_bytes))

@@ -6,7 +6,7 @@
 Streams share one model, in two ways: they take turns, a chunk each, so that anybody can come and go; or they are made together, a chunk of all
 at a time, which fills a device better, and makes everybody wait for the slowest. All begin at once, the worst moment for the first chunk.
 A number of streams is carried if each of them, in each repetition, has at least TARGET of its frames in time with BUFFER chunks in
-store, and keeps the pace of its video from chunk STEADY on: a store hides for a while that a device is too slow.
+store, and keeps the pace of its video once its window is full: a store hides for a while that a device is too slow.
 
 Frames count when their bytes can be read in host memory. Each trial is one row with the raw times of all its chunks.
 """
@@ -43,6 +43,7 @@ class Trial:
     streams: tuple[tuple[Chunk, ...], ...]  # seconds since all were asked for: the one batch of clips, or each stream; none: out of memory
     peak_bytes: int
     together: bool = False  # streams: whether a chunk of all was made at a time
+    steady: int = STEADY  # first chunk of a stream that is counted, see `timing.full`
 
 
 def largest(carried: Callable[[int], bool], most: int = MOST) -> int:
@@ -63,13 +64,8 @@ def in_time(trial: Trial, fps: int) -> float:
 
 
 def pace(trial: Trial) -> float:
-    """Frames per second from chunk STEADY on, of the slowest stream."""
-    return min((_pace(stream) for stream in trial.streams), default=0.0)
-
-
-def _pace(stream: Sequence[Chunk]) -> float:
-    counted = timing.steady(stream)
-    return sum(chunk.frames for chunk in counted) / (counted[-1].readable - stream[STEADY - 1].readable)
+    """Frames per second of the slowest stream, of its counted chunks."""
+    return min((timing.pace(stream, trial.steady) or 0.0 for stream in trial.streams), default=0.0)
 
 
 def clips_per_second(trial: Trial) -> float:
@@ -77,15 +73,15 @@ def clips_per_second(trial: Trial) -> float:
     return trial.count / trial.streams[0][-1].readable if trial.streams else 0.0
 
 
-def tried(count: int, repeat: int, make: Callable[[], tuple[tuple[Chunk, ...], ...]], *, together: bool = False) -> Trial:
+def tried(count: int, repeat: int, make: Callable[[], tuple[tuple[Chunk, ...], ...]], *, together: bool = False, steady: int = STEADY) -> Trial:
     """A trial, which may be too much for the memory of a GPU."""
     _, peak = stopwatch.meter()
     try:
-        return Trial(count, repeat, make(), peak(), together)
+        return Trial(count, repeat, make(), peak(), together, steady)
     except torch.OutOfMemoryError:
         pass  # only out of here is nothing held any more
     torch.cuda.empty_cache()
-    return Trial(count, repeat, (), peak(), together)
+    return Trial(count, repeat, (), peak(), together, steady)
 
 
 def counts(text: str) -> list[int]:
@@ -117,8 +113,9 @@ def profile(
         UserError: the baseline cannot be used, or has no streams that get steady.
     """
     ready = baselines.prepare(baseline, fields, name=name, random_weights=random_weights)
-    if chunks < STEADY + 2:
-        raise UserError(f"--chunks {chunks} never gets steady: the first {STEADY} are not counted; the least is {STEADY + 2}")
+    steady = stopwatch.counted_from(ready)
+    if not batches:
+        stopwatch.refuse_short(ready, chunks)
     if not batches and stopwatch.possible(ready, chunks) < chunks:
         raise UserError(f"'{baseline}' cannot make a stream of {chunks} chunks; --batch times whole clips of it")
     device, verb = baselines.device(), "batch" if batches else "streams"
@@ -141,19 +138,21 @@ def profile(
                 fps=backbone.shape.fps,
             )
 
-            warmed = set[int]()
+            warm = set[tuple[int, bool]]()
 
             def make(count: int, repeat: int, together: bool = False) -> tuple[tuple[Chunk, ...], ...]:
                 texts, seeds = list(itertools.islice(itertools.cycle(prompts), count)), range(repeat, repeat + count)
-                if batches:
-                    return (stopwatch.time_clips(backbone, cfg, lean, texts, latents, seeds),)
-                if together and count not in warmed:  # a batch of a new size is slow at first
-                    warmed.add(count)
-                    stopwatch.time_streams(backbone, cfg, lean, texts, STEADY + 1, seeds, together=True)
-                return stopwatch.time_streams(backbone, cfg, lean, texts, chunks, seeds, together=together)
 
-            for repeat in range(stopwatch.WARM_UPS):
-                make(1, repeat)
+                def made() -> tuple[tuple[Chunk, ...], ...]:
+                    if batches:
+                        return (stopwatch.time_clips(backbone, cfg, lean, texts, latents, seeds),)
+                    return stopwatch.time_streams(backbone, cfg, lean, texts, chunks, seeds, together=together)
+
+                if (count, together) not in warm:  # a batch of a new size is slow at first, and so are passes of memory that was not used yet
+                    made()
+                    warm.add((count, together))
+                return made()
+
             path = directory / "trials.jsonl"
             there = {(trial.count, trial.repeat, trial.together): trial for trial in read_trials(directory)}
             with records.appending(path) as append:
@@ -161,7 +160,7 @@ def profile(
                 def trial(count: int, repeat: int, together: bool = False) -> Trial:
                     key = count, repeat, together
                     if key not in there:
-                        there[key] = tried(count, repeat, lambda: make(*key), together=together)
+                        there[key] = tried(count, repeat, lambda: make(*key), together=together, steady=steady)
                         append(there[key])
                     return there[key]
 

@@ -25,8 +25,8 @@ from rfbench.errors import UserError
 from rfbench.progress import Progress
 from rfbench.records import RANDOM
 from rfbench.settings import settings
-from rfbench.stopwatch import Worker, possible
-from rfbench.timing import STEADY, TIMINGS, Round
+from rfbench.stopwatch import Worker, possible, refuse_short
+from rfbench.timing import TIMINGS, Round
 
 
 def profile(
@@ -98,8 +98,8 @@ def in_turn(
     Raises:
         UserError: too few chunks for a steady state, or a contender that cannot be loaded.
     """
-    if chunks < STEADY + 2:
-        raise UserError(f"--chunks {chunks} never gets steady: the first {STEADY} are not counted; the least is {STEADY + 2}")
+    for one in ready:
+        refuse_short(one, chunks)
     device = baselines.device()
     machine = hardware.name(device)
     directory = settings().runs / "profile" / name / machine

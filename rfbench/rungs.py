@@ -31,7 +31,7 @@ from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.config import SamplerCfg
 from rfbench.naive import naive
 from rfbench.sampler import Noise, clip_noise, stream
-from rfbench.timing import STEADY
+from rfbench.timing import STEADY, full
 from rfbench.transfer import to_host
 
 Run = Callable[
@@ -143,10 +143,10 @@ def climb(
     rung that fails is left out and named there, with what it said; rung 0 must not.
 
     Raises:
-        ValueError: too few chunks: those before chunk STEADY are not counted, and the last one has no context pass.
+        ValueError: too few chunks: those before the window is full are not counted, and the last one has no context pass.
     """
-    if chunks < STEADY + 2:
-        raise ValueError(f"a ladder of {chunks} chunks never gets steady; the least is {STEADY + 2}")
+    if chunks < (least := counted_from(steps[0].cfg) + 2):
+        raise ValueError(f"a ladder of {chunks} chunks never gets steady; the least is {least}")
     text_BLE = steps[0].backbone.encode_text([prompt])  # of all rungs: no approximation is one of the text encoder
     made, taken, decoding = dict[str, list[Tensor]](), {way.name: list[float]() for way in steps}, dict[str, float]()
 
@@ -210,14 +210,21 @@ def whole(steps: Sequence[Way], work: Callable[[Way], None], broken: dict[str, s
     return found
 
 
+def counted_from(cfg: SamplerCfg) -> int:
+    """First chunk whose time counts, see `rfbench.timing.full`."""
+    assert cfg.chunk is not None and cfg.cache is not None
+    return full(cfg.chunk, cfg.cache.window)
+
+
 def once(way: Way, text_BLE: Tensor, chunks: int) -> tuple[list[Tensor], list[float]]:
-    """The chunks of a clip, and the seconds of each steady one with its context pass."""
+    """The chunks of a clip, and the seconds of each one that counts with its context pass."""
     assert way.cfg.chunk is not None
+    first = counted_from(way.cfg)
     made, stamps = [], []
     for latent in way.run(way.backbone, text_BLE, chunks * way.cfg.chunk, way.cfg, clip_noise(way.backbone, [0]), None):
         stamps.append(now(text_BLE.device))
         made.append(latent)
-    return made, [after - before for before, after in zip(stamps[STEADY - 1 :], stamps[STEADY:], strict=False)]
+    return made, [after - before for before, after in zip(stamps[first - 1 :], stamps[first:], strict=False)]
 
 
 def decoding_seconds(way: Way, latents: Sequence[Tensor]) -> float:

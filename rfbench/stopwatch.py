@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import baselines, hardware, sampler, video
+from rfbench import baselines, hardware, sampler, timing, video
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.lean import LeanDiT
 from rfbench.backbones.wan.text import WanText
@@ -31,10 +31,10 @@ from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.suites import load_suite
-from rfbench.timing import APART, CLIP, Chunk, Turn
+from rfbench.timing import APART, CLIP, STEADY, Chunk, Turn
 from rfbench.transfer import side, to_host
 
-WARM_UPS = 2  # clips
+WARM_UPS = 2  # turns: on a GPU a pass is recorded when it comes for the second time
 
 
 class Worker:
@@ -109,6 +109,7 @@ class Contestant:
     lean: LeanDiT | None
     latents: int  # of a clip
     chunks: int  # of a stream; 0 where there are none
+    steady: int  # first of them that is counted
     prompts: tuple[str, str]  # of a clip and a stream; that a stream switches to
     cold_start_s: float | None  # until a turn has reported it; never with random weights
     warm_up_s: float | None  # likewise
@@ -117,19 +118,16 @@ class Contestant:
 
 
 def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
-    """Load a contender and make WARM_UPS clips; `born` is when its process was asked for, by the wall clock."""
+    """Load a contender and take WARM_UPS turns; `born` is when its process was asked for, by the wall clock."""
     backbone = ready.open()
     forget_prompts(backbone)
     prompts = load_suite("smoke").prompts[0].text, load_suite("smoke").prompts[1].text
     latents = ready.latents(CLIP, "the profile")
     lean = sampler.lean_of(backbone, ready.cfg.sampler)
     begun = time.time()
-    first = time_clips(backbone, ready.cfg.sampler, lean, prompts[:1], latents, [0])[0].readable
-    for _ in range(WARM_UPS - 1):
-        time_clips(backbone, ready.cfg.sampler, lean, prompts[:1], latents, [0])
     what, _ = meter()
     energy, whose = hardware.energy(baselines.device())
-    cold, warmed = (None, None) if ready.weights is None else (begun - born + first, time.time() - born)  # drawing weights is not loading them
+    steady = counted_from(ready)
     about = {
         "weights_sha256": ready.weights_sha256,
         "precision": precision(backbone),
@@ -137,9 +135,14 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
         "memory": what,
         "energy": whose,
         "chunks": chunks,
+        "steady": steady,
         "shortcuts": lean.taken if lean else [],
     }
-    return Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, prompts, cold, warmed, energy, about)
+    found = Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, steady, prompts, None, None, energy, about)
+    first, *_ = [take(found, 0).clip[0].readable for _ in range(WARM_UPS)]
+    if ready.weights is not None:  # drawing weights is not loading them
+        found.cold_start_s, found.warm_up_s = begun - born + first, time.time() - born
+    return found
 
 
 def precision(backbone: Backbone) -> dict[str, str]:
@@ -174,7 +177,7 @@ def take(contestant: Contestant, number: int) -> Turn:
         if joint and lean is not None:
             alone = copy.copy(lean)  # the same weights in the same memory
             alone.shortcuts = replace(lean.shortcuts, joint=False)
-            apart = time_stream(backbone, cfg, alone, contestant.prompts, min(APART, contestant.chunks), number)[:-1]
+            apart = time_stream(backbone, cfg, alone, contestant.prompts, min(contestant.steady + APART, contestant.chunks), number)[:-1]
     switched = stream[-1] if stream and cfg.solver != "rolling" else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
     warmed, contestant.warm_up_s = contestant.warm_up_s, None
@@ -183,7 +186,8 @@ def take(contestant: Contestant, number: int) -> Turn:
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
     shape, stream = backbone.shape, stream[: contestant.chunks]
-    return Turn(contestant.name, shape.fps, clip, stream, switched, peak(), reserved, device, cold, joint, warmed, apart, joules)
+    told = contestant.name, shape.fps, clip, stream, switched, peak(), reserved, device, cold
+    return Turn(*told, joint=joint, warm_up_s=warmed, apart=apart, steady=contestant.steady, joules=joules)
 
 
 def meter() -> tuple[str, Callable[[], int]]:
@@ -295,6 +299,22 @@ def possible(ready: Prepared, chunks: int) -> int:
         return 0
     longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
     return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])
+
+
+def counted_from(ready: Prepared) -> int:
+    """First chunk of its streams that is counted: when its window is full, or STEADY where no clip of the model gets that far."""
+    cfg = ready.cfg.sampler
+    first = STEADY if cfg.chunk is None or cfg.cache is None else timing.full(cfg.chunk, cfg.cache.window)
+    return first if possible(ready, first + 2) == first + 2 else STEADY
+
+
+def refuse_short(ready: Prepared, chunks: int) -> None:
+    """
+    Raises:
+        UserError: a stream of so many chunks has fewer than two that are counted.
+    """
+    if chunks < (least := counted_from(ready) + 2):
+        raise UserError(f"--chunks {chunks} never gets steady: '{ready.name}' is counted from chunk {least - 2} on; the least is {least}")
 
 
 def _texts(backbone: Backbone, cfg: SamplerCfg, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:

@@ -23,10 +23,10 @@ from rfbench.scorers.base import Metric
 from rfbench.statistics import Ratio, ratio
 
 CLIP = 81  # pixel frames
-STEADY = 3  # first chunk of a stream that is counted: before it the window fills
+STEADY = 3  # first chunk of a stream that is counted, at the earliest
 BUFFERS = (0, 1, 2)  # chunks in store before playing starts, besides the first
 FEWEST_PROCESSES = 3  # that have to agree before a claim about speed is judged: rounds of one process share its luck with memory and cores
-APART = 8  # chunks of the stream by which steps are told from context passes where these go along with others
+APART = 5  # counted chunks of the stream by which steps are told from context passes where these go along with others
 TAIL = 662  # gaps between chunks from which on a 99th percentile says something (MLPerf Inference's number of samples for p99)
 
 
@@ -59,6 +59,7 @@ class Turn:
     joint: bool = False  # a context pass goes along with the next chunk's first step, so it counts there and cannot be told apart
     warm_up_s: float | None = None  # from the start of its process until it had warmed up; where `cold_start_s` is
     apart: tuple[Chunk, ...] = ()  # where `joint`: a stream of APART chunks, each with a context pass of its own
+    steady: int = STEADY  # first chunk of the streams that is counted, see `full`
     joules: float | None = None  # that the GPU took for the stream and the chunk after it; None where nothing tells
 
 
@@ -114,9 +115,17 @@ def order(names: Sequence[str], number: int) -> tuple[str, ...]:
     return turned[::-1] if number % 2 else turned
 
 
-def steady(stream: Sequence[Chunk]) -> tuple[Chunk, ...]:
-    """The chunks of a stream that are counted; none where there are fewer than two."""
-    found = tuple(chunk for chunk in stream if chunk.index >= STEADY)
+def full(chunk: int, window: int | None) -> int:
+    """First chunk of a stream that is counted: from it on each one looks back at as many frames as the next, for which one before it has to go.
+
+    `chunk` and `window` are in latent frames. Without a window no two chunks look back at as many; then it is STEADY.
+    """
+    return STEADY if window is None else max(STEADY, -(-window // chunk))
+
+
+def steady(stream: Sequence[Chunk], first: int) -> tuple[Chunk, ...]:
+    """The chunks of a stream that are counted, from the `first` one on; none where there are fewer than two."""
+    found = tuple(chunk for chunk in stream if chunk.index >= first)
     return found if len(found) > 1 else ()
 
 
@@ -131,29 +140,30 @@ def with_context(chunk: Chunk) -> float:
     return denoising(chunk) + chunk.cached - chunk.readable
 
 
-def _dit_fps(stream: Sequence[Chunk], seconds: Callable[[Chunk], float]) -> float | None:
-    counted = steady(stream)
+def _dit_fps(stream: Sequence[Chunk], first: int, seconds: Callable[[Chunk], float]) -> float | None:
+    counted = steady(stream, first)
     return counted[0].frames / median(map(seconds, counted)) if counted else None
 
 
-def _e2e_fps(turn: Turn) -> float | None:
-    counted = steady(turn.stream)
-    return sum(chunk.frames for chunk in counted) / (counted[-1].readable - turn.stream[STEADY - 1].readable) if counted else None
+def pace(stream: Sequence[Chunk], first: int) -> float | None:
+    """Frames per second of the counted chunks, until they can be read."""
+    counted = steady(stream, first)
+    return sum(chunk.frames for chunk in counted) / (counted[-1].readable - stream[first - 1].readable) if counted else None
 
 
 def _rtf(turn: Turn) -> float | None:
-    fps = _e2e_fps(turn)
+    fps = pace(turn.stream, turn.steady)
     return None if fps is None else fps / turn.fps
 
 
 def _jitter(turn: Turn, share: float, least: int = 1) -> float | None:
     """Nearest-rank quantile of the gaps between the first frames of neighbouring chunks."""
-    gaps = sorted(after.readable - before.readable for before, after in itertools.pairwise(steady(turn.stream)))
+    gaps = sorted(after.readable - before.readable for before, after in itertools.pairwise(steady(turn.stream, turn.steady)))
     return gaps[math.ceil(share * len(gaps)) - 1] if len(gaps) >= least else None
 
 
 def _slowdown(turn: Turn) -> float | None:
-    took = [with_context(chunk) for chunk in steady(turn.stream)]
+    took = [with_context(chunk) for chunk in steady(turn.stream, turn.steady)]
     third = max(1, len(took) // 3)
     return median(took[-third:]) / median(took[:third]) if took else None
 
@@ -188,7 +198,7 @@ def viewing(chunks: Sequence[Chunk], fps: int, buffer: int) -> Viewing:
 
 
 def _view(turn: Turn, buffer: int, of: Callable[[Viewing], float]) -> float | None:
-    return of(viewing(turn.stream, turn.fps, buffer)) if steady(turn.stream) else None
+    return of(viewing(turn.stream, turn.fps, buffer)) if steady(turn.stream, turn.steady) else None
 
 
 def _viewed(buffer: int) -> dict[str, Timing]:
@@ -206,21 +216,23 @@ def _viewed(buffer: int) -> dict[str, Timing]:
     }
 
 
+COUNTED = f"once its window is full and chunk {STEADY} has come"
+
 TIMINGS: dict[str, Timing] = {
     "dit_fps": Timing(
-        Metric(True, "FPS", f"Frames of a chunk over the median time of its steps and its context pass, from chunk {STEADY} on; no decoding."),
-        lambda turn: _dit_fps(turn.stream, with_context),
+        Metric(True, "FPS", f"Frames of a chunk over the median time of its steps and its context pass, {COUNTED}; no decoding."),
+        lambda turn: _dit_fps(turn.stream, turn.steady, with_context),
         headline=True,
         counts="steps + context pass, no decoding",
     ),
     "dit_fps_no_context": Timing(
         Metric(True, "FPS", "The same without the context pass, as some publish it: a stream cannot go on without that pass."),
-        lambda turn: _dit_fps(turn.apart if turn.joint else turn.stream, denoising),
+        lambda turn: _dit_fps(turn.apart if turn.joint else turn.stream, turn.steady, denoising),
         counts="the same without the context pass",
     ),
     "e2e_fps": Timing(
-        Metric(True, "FPS", f"Frames after chunk {STEADY - 1} over the time that they take until they can be read: decoding and copying included."),
-        _e2e_fps,
+        Metric(True, "FPS", f"Frames over the time that they take until they can be read, {COUNTED}: decoding and copying included."),
+        lambda turn: pace(turn.stream, turn.steady),
         headline=True,
         counts="steps + context pass + decoding, uint8 on the host",
     ),
@@ -263,7 +275,7 @@ TIMINGS: dict[str, Timing] = {
         headline=True,
         counts="seconds of video per second",
     ),
-    "jitter_p50_s": Timing(Metric(False, "s", f"Median time between neighbouring chunks, from chunk {STEADY} on."), lambda turn: _jitter(turn, 0.5)),
+    "jitter_p50_s": Timing(Metric(False, "s", f"Median time between neighbouring chunks, {COUNTED}."), lambda turn: _jitter(turn, 0.5)),
     "jitter_p95_s": Timing(
         Metric(False, "s", "95th percentile of the time between neighbouring chunks."),
         lambda turn: _jitter(turn, 0.95),

@@ -197,6 +197,8 @@ def test_recorded_passes_make_the_same_clips(name: str, joint: bool, as_on_a_gpu
     recorded = len(lean.graphs.recordings)
     assert distance(clips(cfg, lean, tiny, 15, "abc"), wanted) < 1e-6
     assert len(lean.graphs.recordings) == recorded > 0 and len(lean.caches) == 1
+    assert distance(clips(cfg, lean, tiny, 9, "d"), clips(cfg, LeanDiT(tiny.denoiser, NONE), tiny, 9, "d")) < 1e-6
+    assert len(lean.caches) == 1, "a shorter clip has the same window, so its passes are recorded already"
 
 
 def test_a_pass_of_kernels_is_the_plain_one(as_on_a_gpu: None) -> None:

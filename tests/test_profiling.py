@@ -276,6 +276,20 @@ def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
         assert stopwatch.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
 
 
+def test_a_stream_counts_once_its_window_is_full(tmp_path):
+    """A window of 21 frames is full after seven chunks of three; where clips end before that, they count from chunk 3 on."""
+    wide = models.STUDENT | {"cache": {"policy": "window", "window": 21, "rope": "absolute"}}
+    ready = baselines.prepare(models.write(tmp_path, sampler=wide))
+    with pytest.raises(UserError, match=r"--chunks 8 never gets steady: 'student' is counted from chunk 7 on; the least is 9"):
+        profiling.profile([str(tmp_path / "student.yaml")], chunks=8, repeats=1)
+    contestant = stopwatch.warm(ready, 9, 0.0)
+    one = stopwatch.take(contestant, 0)
+    assert one.steady == 7 == contestant.about["steady"] and len(one.stream) == 9
+    assert timing.TIMINGS["dit_fps"].of(one) == 12 / median([timing.with_context(chunk) for chunk in one.stream[7:]])
+    short = baselines.prepare(models.write(tmp_path, sampler=wide, max_latents=21))
+    assert stopwatch.possible(short, 20) == 6 and stopwatch.counted_from(short) == 3
+
+
 def test_a_joint_window_is_timed_while_it_is_full(tmp_path):
     """As many chunks in work as there are steps; each turn of the window makes one chunk, and none of the timed ones is made by a shorter one."""
     rolling = {"steps": [1000, 750, 500], "shift": 5.0, "solver": "rolling", "chunk": 3}

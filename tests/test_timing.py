@@ -52,13 +52,14 @@ def streams(draw: st.DrawFn, least: int = 5) -> tuple[Chunk, ...]:
     return tuple(rows)
 
 
-@given(streams(), streams(), st.sampled_from([4, 16]))
-def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, clip, fps):
+@given(streams(8), streams(), st.sampled_from([4, 16]), st.integers(3, 6))
+def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, clip, fps, first):
     """Frame by frame and by sorted lists; nothing of rfbench.timing but the raw rows goes in."""
     clip = (*clip[:-1], dataclasses.replace(clip[-1], cached=None))
     switched = Chunk(len(stream), 12, stream[-1].readable, stream[-1].readable + 2, stream[-1].readable + 2.25, None)
     one = turn(stream, clip=clip, fps=fps, switched=switched, reserved_bytes=7, device_bytes=8, cold_start_s=3.5, warm_up_s=5.5, joules=30.0)
-    counted = [chunk for chunk in stream if chunk.index not in (0, 1, 2)]
+    one = dataclasses.replace(one, steady=first)
+    counted = [chunk for chunk in stream if chunk.index not in range(first)]
     bare = sorted(chunk.denoised - chunk.begin for chunk in counted)
     whole = [(chunk.denoised - chunk.begin) + (chunk.cached - chunk.readable) for chunk in counted]
     gaps = sorted(counted[i + 1].readable - counted[i].readable for i in range(len(counted) - 1))
@@ -74,7 +75,7 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
     wanted = {
         "dit_fps": 12 / middle(whole),
         "dit_fps_no_context": 12 / middle(bare),
-        "e2e_fps": 12 * len(counted) / (stream[-1].readable - stream[2].readable),
+        "e2e_fps": 12 * len(counted) / (stream[-1].readable - stream[first - 1].readable),
         "clip_fps": 81 / clip[-1].readable,
         "ttff_s": clip[0].readable,
         "ttff_cached_s": stream[0].readable,
@@ -82,7 +83,7 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
         "cold_start_s": 3.5,
         "warm_up_s": 5.5,
         "joules_per_frame": 30 / (9 + 12 * len(stream)),
-        "rtf": 12 * len(counted) / fps / (stream[-1].readable - stream[2].readable),
+        "rtf": 12 * len(counted) / fps / (stream[-1].readable - stream[first - 1].readable),
         "jitter_p50_s": smallest_that_covers(0.5),
         "jitter_p95_s": smallest_that_covers(0.95),
         "jitter_max_s": gaps[-1],
@@ -103,6 +104,16 @@ def test_every_metric_is_what_a_plain_reading_of_its_definition_gives(stream, cl
             shown = max(shown, arrival) + 1 / fps
         wanted |= {f"deadline_{buffer}": 100 * in_time / len(arrivals), f"underruns_{buffer}": len(stalls), f"stall_{buffer}_s": sum(stalls.values())}
     assert measured(one) == pytest.approx(wanted)
+
+
+@given(st.integers(1, 8), st.integers(1, 40))
+def test_chunks_count_from_that_on_before_which_the_window_is_full(chunk, window):
+    """By counting: from the first counted chunk on, each looks back at as many frames as any later one, and the one before may have seen fewer."""
+    first = timing.full(chunk, window)
+    seen = [min(chunk * (index + 1), window) for index in range(80)]
+    assert len(set(seen[first:])) == 1 and first >= timing.STEADY
+    assert first == timing.STEADY or chunk * first >= window > chunk * (first - 1)
+    assert timing.full(chunk, None) == timing.STEADY
 
 
 def test_a_stream_of_known_speed():

@@ -27,7 +27,8 @@ from rfbench.attention import attend, rotate, rotations
 from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.dit import Block, Cache, TextKV, WanDiT
 from rfbench.backbones.wan.graphs import Graphs
-from rfbench.cache import KVCache, Move
+from rfbench.cache import CacheShape, KVCache, Move, room
+from rfbench.config import CacheCfg
 from rfbench.errors import UserError
 from rfbench.settings import Shortcuts as Shortcuts
 
@@ -147,8 +148,9 @@ class LeanDiT:
         assert flow is not None
         return flow
 
-    def cache(self, *made_for: Any, **options: Any) -> KVCache:
+    def cache(self, cfg: CacheCfg, shape: CacheShape, **options: Any) -> KVCache:
         """A `KVCache` for one stream; in the memory of one that ended, if there are recordings that know where that is."""
+        made_for = cfg, replace(shape, latents=room(cfg, shape.latents))  # clips of any length share a window
         for number, (key, _) in enumerate(self.caches):
             if key == (made_for, options):
                 cache = self.caches.pop(number)[1]
