@@ -48,11 +48,6 @@ class RewardCfg:
         if self.fps is not None and (self.input == "as_released" or not self.fps > 0):
             raise UserError("reward 'fps' is a positive rate, and input 'as_released' has no use for it: it is every frame")
 
-    @property
-    def is_scored(self) -> bool:
-        """Whether it is a scorer's metric."""
-        return "." in self.name and ":" not in self.name
-
 
 @dataclass(frozen=True)
 class FileCfg:

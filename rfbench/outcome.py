@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rfbench import config, records, strict
 from rfbench.backbones.base import open_backbone
-from rfbench.config import Recipe, RewardCfg, WeightsCfg
-from rfbench.reward import JUDGED
+from rfbench.config import Recipe, WeightsCfg
+from rfbench.reward import origin_of
 from rfbench.weights import save
 
 WEIGHTS, ORIGINAL, BASELINE = "weights.safetensors", "model.pt", "baseline.yaml"
@@ -58,15 +58,8 @@ def _write_baseline(path: Path, cfg: Recipe, about: Mapping[str, Any]) -> None:
         precision=None if cfg.precision is None else cfg.precision.student,
         license=config.License(code="apache-2.0", weights="apache-2.0"),
         max_latents=cfg.max_latents,
-        saw=_optimised(cfg.reward) if cfg.reward else (),
+        saw=origin_of(cfg.reward).marked if cfg.reward else (),
         trained_by={key: about[key] for key in ("run", "fingerprint", "seed", "code")},
     )
     plain = {key: value for key, value in strict.as_plain(trained).items() if value not in (None, [], {})}
     records.write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-
-
-def _optimised(reward: RewardCfg) -> tuple[str, ...]:
-    """The metrics that are marked for whoever was trained on a reward: what judges the same thing is one of them."""
-    if not reward.is_scored:
-        return (f"reward.{reward.name}", *JUDGED.get(reward.name, ()))
-    return next((metrics for metrics in JUDGED.values() if reward.name in metrics), (reward.name,))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rfbench import strict
 from rfbench.backbones.base import open_backbone
-from rfbench.config import Recipe, RewardCfg, WeightsCfg
+from rfbench.config import Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
-from rfbench.records import sha256_of
 from rfbench.registry import pick
-from rfbench.reward import REWARDS
-from rfbench.scored import scorer_of
+from rfbench.reward import origin_of
 from rfbench.settings import settings
 from rfbench.weights import identity, resolve
 
@@ -59,15 +56,7 @@ def check(cfg: Recipe) -> None:
         if wrong:
             raise UserError(f"recipe '{cfg.title}': {sentence}")
     if cfg.reward is not None:
-        _check_reward(cfg.reward)
-
-
-def _check_reward(cfg: RewardCfg) -> None:
-    """Refuse a name that is no reward's; what it needs is looked for with the other files."""
-    if cfg.is_scored:
-        scorer_of(cfg.name)
-    elif ":" not in cfg.name:
-        pick(REWARDS, cfg.name, what="reward")
+        origin_of(cfg.reward)
 
 
 def _problems(cfg: Recipe) -> list[tuple[bool, str]]:
@@ -135,8 +124,8 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
     """
     found, problems = dict[str, Path](), dict[str, UserError]()
     wanted: dict[str, Callable[[], Path]] = {role: functools.partial(resolve, one, path) for role, one in files(cfg).items()}
-    if cfg.reward is not None and cfg.reward.name == "videoreward_mq":
-        wanted["reward"] = _videoreward
+    if cfg.reward is not None and (read := origin_of(cfg.reward).file) is not None:
+        wanted["reward"] = read
     for role, look in wanted.items():
         try:
             found[role] = look()
@@ -154,29 +143,11 @@ def locate(cfg: Recipe, path: Path) -> dict[str, Path]:
     return found
 
 
-def _videoreward() -> Path:
-    from rfbench.videoreward.model import ABOUT, files
-
-    return files()[ABOUT]
-
-
 def inputs_of(cfg: Recipe, sources: dict[str, Path]) -> dict[str, Any]:
     """The declared inputs of a training run: the recipe, and the hashes of what it reads."""
     hashes = {role: identity(sources[role], one) for role, one in files(cfg).items()}
     checkpoints = {role: hashes.pop(role) for role in roles(cfg)}
     found = {"recipe": strict.as_plain(cfg), "weights": checkpoints} | ({"files": hashes} if hashes else {})
-    if cfg.reward is not None and ":" in cfg.reward.name:
-        found["reward"] = _code_sha256(cfg.reward.name)
-    if cfg.reward is not None and cfg.reward.is_scored:
-        found["reward"] = scorer_of(cfg.reward.name).version
+    if cfg.reward is not None and (version := origin_of(cfg.reward).version()) is not None:
+        found["reward"] = version
     return found
-
-
-def _code_sha256(name: str) -> str:
-    """Of the file of a `module:function`."""
-    from rfbench.reward import own
-
-    own(name)
-    spec = importlib.util.find_spec(name.partition(":")[0])
-    assert spec is not None and spec.origin is not None
-    return sha256_of(Path(spec.origin))

@@ -1,23 +1,31 @@
 """Rewards: one number per clip from its pixels, higher is better. Re-DMD weights a clip by exp(reward / beta).
 
-Shapes: B batch, T pixel frames, H and W pixel rows and columns.
+A recipe names one of `REWARDS`, any metric of a scorer as `scorer.metric`, or a function of one's own as `module:function`:
+`origin_of` is where the three are told apart. Shapes: B batch, T pixel frames, H and W pixel rows and columns.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from rfbench import world
+from rfbench import video, world
 from rfbench.config import RewardCfg
-from rfbench.errors import UserError
+from rfbench.errors import UserError, did_you_mean
+from rfbench.records import Clip, sha256_of
 from rfbench.registry import pick
+from rfbench.scorers.base import SCORERS, Comparing, Scorer
+from rfbench.suites import clip_id
 
 if TYPE_CHECKING:
     from rfbench.videoreward.model import VideoReward
@@ -34,20 +42,34 @@ JITTER_UNIT = 0.2  # px of mean second difference that cost one point
 SPAN = 8  # frames that speed is measured over: what trembles gets nowhere in half a second
 
 
-def reward_of(cfg: RewardCfg, video_fps: float) -> Reward:
-    """The reward that a recipe names, for clips of so many frames per second. A network that it needs is loaded here.
+@dataclass(frozen=True)
+class Origin:
+    """What a reward's name stands for."""
+
+    open: Callable[[int], Reward]  # for clips of so many frames per second; a network that it needs is loaded here
+    marked: tuple[str, ...]  # metrics whose cells are marked for whoever was trained on it: what judges the same thing is among them
+    version: Callable[[], str | None] = lambda: None  # of code that is not in the recipe, which makes it another training
+    file: Callable[[], Path] | None = None  # what it reads
+
+
+def origin_of(cfg: RewardCfg) -> Origin:
+    """Tell the three kinds of names apart; nothing is loaded or imported from elsewhere yet.
 
     Raises:
-        UserError: there is no such reward; its weights are missing or not its own.
+        UserError: there is no such reward, scorer or metric.
     """
-    if ":" in cfg.name:
-        return own(cfg.name)
-    found: Reward = pick(REWARDS, cfg.name, what="reward")
-    if cfg.name != "videoreward_mq":
-        return found
-    from rfbench.videoreward.model import load
-
-    return functools.partial(videoreward_mq, judge=load(), video_fps=video_fps, input=cfg.input or "correct", fps=cfg.fps)
+    name = cfg.name
+    if ":" in name:
+        return Origin(lambda fps: own(name), (f"reward.{name}",), functools.partial(_code_sha256, name))
+    if "." in name:
+        scorer = scorer_of(name)
+        marked = next((metrics for metrics in JUDGED.values() if name in metrics), (name,))
+        return Origin(functools.partial(scored, name), marked, lambda: scorer.version)
+    found: Reward = pick(REWARDS, name, what="reward")
+    marked = (f"reward.{name}", *JUDGED.get(name, ()))
+    if name != "videoreward_mq":
+        return Origin(lambda fps: found, marked)
+    return Origin(functools.partial(_videoreward, cfg), marked, file=_videoreward_file)
 
 
 def own(name: str) -> Reward:
@@ -64,6 +86,77 @@ def own(name: str) -> Reward:
     if not callable(found):
         raise UserError(f"reward '{name}' is not a function")
     return found
+
+
+def _code_sha256(name: str) -> str:
+    """Of the file of a `module:function`."""
+    own(name)
+    spec = importlib.util.find_spec(name.partition(":")[0])
+    assert spec is not None and spec.origin is not None
+    return sha256_of(Path(spec.origin))
+
+
+def scorer_of(name: str) -> Scorer:
+    """The scorer of a metric that is called `scorer.metric`.
+
+    Raises:
+        UserError: there is no such scorer or metric, or its numbers are not of a clip alone.
+    """
+    of, _, metric = name.partition(".")
+    scorer: Scorer = pick(SCORERS, of, what="scorer")
+    if metric not in scorer.metrics:
+        raise UserError(f"reward '{name}': scorer '{of}' has no metric '{metric}'{did_you_mean(metric, scorer.metrics)}")
+    if isinstance(scorer, Comparing) or scorer.together:
+        raise UserError(f"reward '{name}': scorer '{of}' compares clips with others, and a reward is of one clip; take another")
+    return scorer
+
+
+def scored(name: str, fps: int) -> Reward:
+    """A scorer's metric as a reward [B], which `rfbench eval` would say of the same clips: they are written as files, scored, and forgotten.
+
+    What is better when lower counts negative. A metric of segments counts with the mean over a clip's. A scorer opens its network
+    for every batch; `videoreward_mq` keeps its own.
+
+    Raises:
+        UserError: as of `scorer_of`; the reward, with code 1: the scorer refuses a clip or says nothing of it.
+    """
+    scorer, metric = scorer_of(name), name.partition(".")[2]
+    sign = 1 if scorer.metrics[metric].higher_is_better else -1
+
+    def reward(pixel_BTCHW: Tensor, prompts: list[str]) -> Tensor:
+        with tempfile.TemporaryDirectory(prefix="rfbench-reward-") as folder:
+            clips = [_written(Path(folder), number, frames, prompts[number], fps) for number, frames in enumerate(video.as_uint8(pixel_BTCHW))]
+            values: dict[str, list[float]] = {clip.id: [] for clip in clips}
+            for answer in scorer.score(clips, Path(folder)):
+                if answer.refused is not None:
+                    raise UserError(f"reward '{name}': {answer.refused}", code=1)
+                values[answer.clip] += [row.value for row in answer.rows if row.metric == metric]
+        if silent := [clip for clip, found in values.items() if not found]:
+            raise UserError(f"reward '{name}': the scorer says nothing of clip {silent[0]}", code=1)
+        return torch.tensor([sign * sum(found) / len(found) for found in values.values()], dtype=torch.float64)
+
+    return reward
+
+
+def _written(folder: Path, number: int, frame_THWC: Tensor, prompt: str, fps: int) -> Clip:
+    """A clip as `generate` writes it; its frames are bytes."""
+    frames, height, width, _ = frame_THWC.shape
+    file = f"{number}.mp4"
+    with video.writing(folder / file, fps=fps, height=height, width=width) as write:
+        write(frame_THWC.cpu().numpy())
+    return Clip(clip_id(number, 0), number, 0, prompt, prompt, 0, frames, fps, height, width, file, sha256_of(folder / file))
+
+
+def _videoreward(cfg: RewardCfg, video_fps: int) -> Reward:
+    from rfbench.videoreward.model import load
+
+    return functools.partial(videoreward_mq, judge=load(), video_fps=video_fps, input=cfg.input or "correct", fps=cfg.fps)
+
+
+def _videoreward_file() -> Path:
+    from rfbench.videoreward.model import ABOUT, files
+
+    return files()[ABOUT]
 
 
 def videoreward_mq(

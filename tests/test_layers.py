@@ -27,7 +27,6 @@ LAYERS = [
         "forcing",
         "rollouts",
         "backbones",
-        "reward",
         "videoreward",
         "baselines",
         "checkpointing",
@@ -36,7 +35,7 @@ LAYERS = [
         "parallel",
         "vbench_worker",
     },
-    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "scored"},
+    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "reward"},
     {"pairs", "stopwatch", "rungs", "ladder", "load", "logbook", "memory"},
     {
         "fetch",

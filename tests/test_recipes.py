@@ -27,7 +27,7 @@ from rfbench.methods.dmd import Dmd
 from rfbench.methods.redmd import ReDmd
 from rfbench.recipes import check, files, inputs_of
 from rfbench.registry import pick
-from rfbench.reward import reward_of
+from rfbench.reward import origin_of
 from rfbench.scorers.base import SCORERS
 from rfbench.settings import HOME
 from rfbench.train import Trainer, train
@@ -77,14 +77,14 @@ def test_a_file_without_a_prompt_per_line_is_refused(name: str, text: str, sente
 
 
 def test_a_reward_may_be_a_function_of_ones_own() -> None:
-    assert reward_of(RewardCfg("tests.test_recipes:brightness", beta=1.0), 16) is brightness
+    assert origin_of(RewardCfg("tests.test_recipes:brightness", beta=1.0)).open(16) is brightness
     method = ReDmd(replace(REDMD, reward=RewardCfg("tests.test_recipes:one_number", beta=1.0)), Tiny(), Tiny(seed=1))
     with pytest.raises(UserError, match=r"gave numbers of shape \[\] for 2 clips; it takes one for each") as raised:
         method.losses(BATCH, ("generator",))
     assert raised.value.code == 1
     for name, problem in (("nowhere:x", "No module named 'nowhere'"), ("tests.test_recipes:x", "no attribute 'x'"), ("math:pi", "not a function")):
         with pytest.raises(UserError, match=problem):
-            reward_of(RewardCfg(name, beta=1.0), 16)
+            origin_of(RewardCfg(name, beta=1.0)).open(16)
 
 
 def test_a_reward_that_there_is_not_is_refused_before_anything_is_read(tmp_path: Path) -> None:

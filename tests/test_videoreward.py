@@ -25,7 +25,7 @@ from rfbench.config import RewardCfg
 from rfbench.errors import UserError
 from rfbench.records import Clip, Score
 from rfbench.registry import pick
-from rfbench.reward import REWARDS, reward_of, toy_motion
+from rfbench.reward import REWARDS, origin_of, toy_motion
 from rfbench.scorers.base import SCORERS, Metric, read_video
 from rfbench.scorers.videoreward import TOKENS, batches
 from rfbench.videoreward import frames, model
@@ -409,7 +409,7 @@ def test_a_missing_file_comes_with_the_command_that_brings_it(tmp_path: Path, pu
         evaluate.evaluate(run, ["videoreward"])
     assert caught.value.code == 2
     with pytest.raises(UserError, match=sentence):
-        reward_of(RewardCfg("videoreward_mq", beta=0.5), 16)
+        origin_of(RewardCfg("videoreward_mq", beta=0.5)).open(16)
     checks = {check.name: check for check in doctor._scorers()}
     assert checks["scorer videoreward"].state == "missing" and "rfbench fetch" in checks["scorer videoreward"].found
     assert checks["scorer motion"].state == "ok"
@@ -542,25 +542,25 @@ def test_batches_keep_clips_in_order_and_within_the_room_there_is(sizes: list[tu
 
 def test_the_reward_is_what_the_scorer_would_say_of_a_lossless_file(installed: Path) -> None:
     clips = torch.stack([video(21, seed=1), video(21, seed=2)])
-    reward = reward_of(RewardCfg("videoreward_mq", beta=0.5), 16)
+    reward = origin_of(RewardCfg("videoreward_mq", beta=0.5)).open(16)
     prompts = ["a red fox", "blue"]
     found = reward(clips.float() / 127.5 - 1, prompts)
     judge = model.load()
     assert torch.equal(found, judge.score([frames.as_file(clip, video_fps=16, fps=2) for clip in clips], prompts)[:, 1])
-    faster = reward_of(RewardCfg("videoreward_mq", beta=0.5, fps=8.0), 16)
+    faster = origin_of(RewardCfg("videoreward_mq", beta=0.5, fps=8.0)).open(16)
     assert not torch.equal(faster(clips.float() / 127.5 - 1, prompts), found)
 
 
 def test_the_released_reward_is_the_first_clips_of_all_frames_in_the_wrong_range(installed: Path) -> None:
     clips = 2 * torch.rand(2, 3, 3, 40, 56, generator=torch.Generator().manual_seed(0)) - 1
-    found = reward_of(RewardCfg("videoreward_mq", beta=0.5, input="as_released"), 16)(clips, ["a red fox", "blue"])
+    found = origin_of(RewardCfg("videoreward_mq", beta=0.5, input="as_released")).open(16)(clips, ["a red fox", "blue"])
     wanted = model.load().score([frames.resized(255 * clips[0], (336, 588))], ["a red fox"])[0, 1]
     assert found.tolist() == [wanted, wanted]
 
 
 def test_a_reward_that_has_no_input_setting_refuses_it() -> None:
     assert "videoreward_mq" in REWARDS
-    assert reward_of(RewardCfg("toy_motion", beta=0.5), 16) is toy_motion
+    assert origin_of(RewardCfg("toy_motion", beta=0.5)).open(16) is toy_motion
     with pytest.raises(UserError, match="'toy_motion' does not use 'input' and 'fps'"):
         RewardCfg("toy_motion", beta=0.5, fps=2.0)
     with pytest.raises(UserError, match="it is every frame"):

@@ -13,8 +13,7 @@ from rfbench.config import Recipe
 from rfbench.errors import UserError
 from rfbench.methods.dmd import Dmd
 from rfbench.phases import phase
-from rfbench.reward import Reward, reward_of
-from rfbench.scored import scored
+from rfbench.reward import Reward, origin_of
 
 
 class ReDmd(Dmd):
@@ -24,9 +23,7 @@ class ReDmd(Dmd):
         super().__init__(recipe, student, teacher, **more)
         assert recipe.reward is not None
         self.reward_cfg = recipe.reward
-        self.reward: Reward = (
-            scored(recipe.reward.name, student.shape.fps) if recipe.reward.is_scored else reward_of(recipe.reward, student.shape.fps)
-        )
+        self.reward: Reward = origin_of(recipe.reward).open(student.shape.fps)
 
     def weights(self, video_BFCHW: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         phase("decode")

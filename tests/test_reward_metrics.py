@@ -11,8 +11,7 @@ import torch
 from rfbench import video, world
 from rfbench.errors import UserError
 from rfbench.learning import RewardCfg
-from rfbench.outcome import _optimised
-from rfbench.scored import scored, scorer_of
+from rfbench.reward import origin_of, scored, scorer_of
 from tests.filming import draw, pixels, rows_of, save, scene_of
 
 PROMPTS = ["a red triangle moves left quickly", "a blue disc moves down slowly"]
@@ -68,4 +67,4 @@ def test_who_was_trained_on_a_metric_is_marked_with_what_judges_the_same() -> No
         ("toy_motion", ("reward.toy_motion", "motion.speed", "motion.dynamic_degree", "motion.motion_smoothness")),
         ("own:reward", ("reward.own:reward",)),
     ):
-        assert _optimised(RewardCfg(name, beta=0.5)) == marked
+        assert origin_of(RewardCfg(name, beta=0.5)).marked == marked
