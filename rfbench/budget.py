@@ -1,12 +1,15 @@
 """What a study will cost, told before anything is there: clips, hours, downloads, disk, and what this machine lacks.
 
 Hours are those of making clips, frames over frames per second: as measured by `rfbench profile` or by earlier clips of the
-same contender, else as somebody printed it, and each row says which. Training, scoring and timing are not in them.
+same contender, else as somebody printed it, and each row says which and on what device. Training, scoring and timing are not in them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +18,18 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from rfbench import baselines, external, fetch, hardware, profiling, published, records, strict, studies, suites, timing
+from rfbench import baselines, config, external, fetch, hardware, profiling, published, records, strict, studies, suites, timing
 from rfbench.baselines import Prepared
-from rfbench.config import Baseline, External
+from rfbench.config import Baseline, External, Recipe
 from rfbench.errors import UserError
 from rfbench.fetch import Item
 from rfbench.records import Clip
 from rfbench.report import evidence
 from rfbench.settings import settings
-from rfbench.studies import Member, Plan
+from rfbench.studies import Member, Plan, Training
 
 BELIEVED = ("own", "independent", "competitor")  # whose printed speed comes first
+TIME = re.compile(r"([\d.]+) (minute|GPU hour)s?")  # in what a recipe says that it needs
 BITS_PER_PIXEL = 1.0  # of a video, while none of the contender's own is there to go by: near lossless, at the sizes of the table
 
 
@@ -34,6 +38,7 @@ class Speed:
     """Frames per second of one device, from the prompt to the last frame, and who says so."""
 
     fps: float
+    device: str
     source: str
 
 
@@ -47,6 +52,7 @@ class Cost:
     there: int
     frames: int  # of a clip
     fps: float | None  # None: nobody says
+    device: str  # that has this speed: as it is called here, or as far as it was printed
     source: str  # of `fps`
     hours: float | None  # of one device
     wall_hours: float | None  # on all devices that were asked about, each with whole clips
@@ -66,6 +72,17 @@ class Download:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A training that is to do."""
+
+    name: str
+    recipe: str
+    steps: int
+    of: int  # steps of the recipe as it is
+    needs: str  # as the recipe says it, but for the time, which is that of the steps
+
+
+@dataclass(frozen=True)
 class Budget:
     """What a study will cost."""
 
@@ -74,7 +91,7 @@ class Budget:
     device: str  # of this machine
     gpus: int
     costs: tuple[Cost, ...]
-    trainings: tuple[tuple[str, int, str], ...]  # those to do: name, steps, and what the recipe says that it needs
+    trainings: tuple[Work, ...]
     downloads: tuple[Download, ...]
     lacking: tuple[str, ...]  # on this machine, besides the downloads: a sentence each with what to do
 
@@ -87,6 +104,12 @@ class Budget:
     def unknown(self) -> tuple[str, ...]:
         """Contenders that are to make clips at a speed that nobody says."""
         return tuple(dict.fromkeys(cost.contender for cost in self.costs if cost.hours is None))
+
+    @property
+    def unit(self) -> str:
+        """What works for these hours: a GPU, unless all speeds are those of a CPU."""
+        known = {cost.device for cost in self.costs if cost.fps is not None}
+        return "CPU" if known == {settings().hardware_name("cpu")} else "GPU"
 
     @property
     def by_contender(self) -> dict[str, float]:
@@ -117,10 +140,13 @@ def estimate(plan: Plan, gpus: int = 1) -> Budget:
         UserError: a file of this machine that the estimate reads is damaged.
     """
     speeds = _measured()
-    costs = tuple(_cost(member, suite, speeds, gpus) for member in plan.members for suite in member.suites)
+    systems = {member.name: member.system for member in plan.members}
+    costs = tuple(
+        _cost(member, (member.system, systems.get(member.timed_as or "")), suite, speeds, gpus) for member in plan.members for suite in member.suites
+    )
     runs = settings().runs / "train"
     trainings = tuple(
-        (training.name, training.cfg.steps, training.cfg.needs)
+        _work(training)
         for training in plan.trainings
         if not (runs / training.name / "run.json").exists() or records.read_run(runs / training.name).status != records.DONE
     )
@@ -128,12 +154,23 @@ def estimate(plan: Plan, gpus: int = 1) -> Budget:
     return Budget(plan.name, plan.study.needs, device, gpus, costs, trainings, tuple(_downloads(plan)), tuple(studies.lacking(plan, fetched=True)))
 
 
-def _cost(member: Member, spelled: str, measured: dict[str, Speed], gpus: int) -> Cost:
+def _work(training: Training) -> Work:
+    whole, steps = config.load(Recipe, training.recipe).steps, training.cfg.steps
+
+    def shorter(found: re.Match[str]) -> str:
+        amount = float(found[1]) * steps / whole
+        return f"{amount:.3g} GPU hours" if found[2] == "GPU hour" else lasting(amount / 60)
+
+    needs = training.cfg.needs if steps == whole else TIME.sub(shorter, training.cfg.needs)
+    return Work(training.name, training.recipe, steps, whole, needs)
+
+
+def _cost(member: Member, systems: Sequence[str | None], spelled: str, measured: dict[str, Speed], gpus: int) -> Cost:
     suite, frames = member.suites[spelled], member.frames[spelled]
     directory = settings().runs / "bench" / member.name / suite.name
     clips, there = len(suite.items), records.read_clips(directory)
     left = max(0, clips - len(there))
-    speed = _speed(member, frames, directory, measured)
+    speed = _speed(member, systems, frames, directory, measured)
     seconds = frames / speed.fps if speed else None
     size = _size(directory, there)
     height, width = _shape(member)
@@ -145,6 +182,7 @@ def _cost(member: Member, spelled: str, measured: dict[str, Speed], gpus: int) -
         there=len(there),
         frames=frames,
         fps=speed.fps if speed else None,
+        device=speed.device if speed else "",
         source=speed.source if speed else "nobody says",
         hours=0.0 if not left else None if seconds is None else left * seconds / 3600,
         wall_hours=0.0 if not left else None if seconds is None else -(-left // gpus) * seconds / 3600,
@@ -167,19 +205,24 @@ def _size(directory: Path, there: Sequence[Clip]) -> float | None:
     return sum(sizes) / len(sizes) if sizes else None
 
 
-def _speed(member: Member, frames: int, directory: Path, measured: dict[str, Speed]) -> Speed | None:
-    """Measured, here first; else as printed."""
+def _speed(member: Member, systems: Sequence[str | None], frames: int, directory: Path, measured: dict[str, Speed]) -> Speed | None:
+    """Measured, here first; else as printed about the first of the systems that something is printed about."""
     if isinstance(member.cfg, External):
         if times := external.times(directory):
-            return Speed(external.summary(times)["clip_fps"], f"measured over {len(times)} clips of this run")
+            return Speed(external.summary(times)["clip_fps"], hardware.name(baselines.device()), f"measured over {len(times)} clips of this run")
     else:
         metric = "e2e_fps" if frames > timing.CLIP else "clip_fps"  # a long clip is a stream for the most part
         for name in (metric, "clip_fps"):
             if found := measured.get(f"{name} {profiling.same_speed(member.cfg)}"):
                 return found
-    rows = [row for row in published.about(member.system) if row.metric == "fps"]
-    rows.sort(key=lambda row: BELIEVED.index(row.whose))
-    return next((Speed(row.value, f"printed by {row.by} ({row.where}); {row.whose}") for row in rows), None)
+    rows = [row for system in systems for row in sorted(published.about(system), key=lambda row: BELIEVED.index(row.whose)) if row.metric == "fps"]
+    return next((Speed(row.value, _printed_device(row), f"printed by {row.by} ({row.where}); {row.whose}") for row in rows), None)
+
+
+def _printed_device(row: published.Reported) -> str:
+    """What a printed speed was measured on, as far as its protocol says."""
+    named = re.search(r"\bone ([A-Z]+\d+)\b", row.protocol)
+    return named[1] if named else "a GPU"
 
 
 def _measured() -> dict[str, Speed]:
@@ -203,7 +246,7 @@ def _measured() -> dict[str, Speed]:
                 continue
             for metric in ("clip_fps", "e2e_fps"):
                 if column := timed.columns.get(f"profile.{metric}"):
-                    speed = Speed(timing.spread(column).median, f"measured on {machine}")
+                    speed = Speed(timing.spread(column).median, machine, "measured by rfbench profile")
                     found.append(((machine == here, run.ended or ""), f"{metric} {profiling.same_speed(cfg)}", speed))
     return {key: speed for _, key, speed in sorted(found, key=lambda entry: entry[0])}
 
@@ -240,15 +283,25 @@ def show(budget: Budget) -> None:
     console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
     table = Table(title=f"what is left of {budget.study}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     several = budget.gpus > 1
-    for column in ("", "suite", "clips", "there", "frames", "hours", *([f"on {budget.gpus}"] if several else []), "disk", "FPS", "says who"):
-        table.add_column(column, justify="left" if column in ("", "suite", "says who") else "right", overflow="fold")
+    for column in (
+        "",
+        "suite",
+        "clips",
+        "there",
+        "frames",
+        "FPS",
+        "time",
+        *([f"on {budget.gpus}"] if several else []),
+        "disk",
+        "FPS is of",
+        "says who",
+    ):
+        table.add_column(column, justify="left" if column in ("", "suite", "FPS is of", "says who") else "right", overflow="fold")
     for cost in budget.costs:
         disk = ("" if cost.disk_measured else "about ") + decimal(cost.disk_bytes)
-        fps = "?" if cost.fps is None else f"{cost.fps:.4g}"
-        wall = [_hours(cost.wall_hours)] if several else []
-        table.add_row(
-            cost.contender, cost.suite, str(cost.clips), str(cost.there), str(cost.frames), _hours(cost.hours), *wall, disk, fps, cost.source
-        )
+        numbers = (str(cost.clips), str(cost.there), str(cost.frames), "?" if cost.fps is None else f"{cost.fps:.4g}", lasting(cost.hours))
+        wall = [lasting(cost.wall_hours)] if several else []
+        table.add_row(cost.contender, cost.suite, *numbers, *wall, disk, cost.device, cost.source)
     console.print(table)
     for line in sentences(budget):
         console.print(line, soft_wrap=True, markup=False)
@@ -256,18 +309,23 @@ def show(budget: Budget) -> None:
 
 def sentences(budget: Budget) -> list[str]:
     """What an estimate adds up to."""
-    disk = sum(cost.disk_bytes for cost in budget.costs)
-    found = [f"making clips: {_hours(budget.hours)} GPU-hours, {decimal(disk)} of disk; training, scoring and timing are not in this"]
+    disk, least = decimal(sum(cost.disk_bytes for cost in budget.costs)), "at least " if budget.unknown else ""
+    found = [f"making clips takes one {budget.unit} {least}{lasting(budget.hours)}, and {disk} of disk; training, scoring and timing are not in this"]
     if budget.unknown:
-        found[0] = found[0].replace(": ", ": at least ", 1)
         found.append(f"nobody says how fast {', '.join(budget.unknown)} {'is' if len(budget.unknown) == 1 else 'are'}: profile it, or make a clip")
     slowest = budget.by_contender
     if slowest and budget.hours:
         name, hours = next(iter(slowest.items()))
         total = sum(slowest.values())
-        on = f"on {budget.gpus} GPUs" if budget.gpus > 1 else "on one GPU"
-        found.append(f"{on}, one contender after another: {_hours(total)} hours; the bottleneck is {name}, {_hours(hours)} ({hours / total:.0%})")
-    found += [f"to train: {name}, {steps} steps; {needs or 'what it needs is not stated'}" for name, steps, needs in budget.trainings]
+        on = f"on {budget.gpus} {budget.unit}s (--shard, torchrun or --engine ray)" if budget.gpus > 1 else f"on one {budget.unit}"
+        known = " of those whose speed is known" if budget.unknown else ""
+        found.append(
+            f"{on}, one contender after another: {lasting(total)}; the bottleneck{known} is {name} with {lasting(hours)} ({hours / total:.0%})"
+        )
+    for one in dict.fromkeys(dataclasses.replace(work, name="") for work in budget.trainings):
+        names = [work.name for work in budget.trainings if dataclasses.replace(work, name="") == one]
+        steps = f"{one.steps}{'' if one.steps == one.of else f' of {one.of}'} steps of {one.recipe}{', each' if len(names) > 1 else ''}"
+        found.append(f"to train: {', '.join(names)}: {steps}: {one.needs or 'what it needs is not stated'}")
     for command in dict.fromkeys(one.command for one in budget.downloads):
         files = [one for one in budget.downloads if one.command == command]
         sizes = ", ".join(f"{one.file} {'of unknown size' if one.bytes is None else decimal(one.bytes)}" for one in files)
@@ -275,9 +333,19 @@ def sentences(budget: Budget) -> list[str]:
     if budget.downloads:
         unsized = sum(one.bytes is None for one in budget.downloads)
         found.append(f"to fetch in all: {decimal(budget.download_bytes)}{f' and {unsized} files of unknown size' if unsized else ''}")
-    found.append(f"needs: {budget.needs or 'not stated'}; here: {budget.device}")
+    found.append(f"the study needs {budget.needs or 'what it does not state'}; this machine has {_here(budget.device)}")
     return found + [f"missing here: {sentence}" for sentence in budget.lacking]
 
 
-def _hours(hours: float | None) -> str:
-    return "?" if hours is None else f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}" if hours < 10 else f"{hours:.1f}"
+def _here(device: str) -> str:
+    """This machine in words."""
+    cores = f"{os.cpu_count()} cores"
+    return f"{cores}, no GPU" if device == settings().hardware_name("cpu") else f"{cores}, {device}"
+
+
+def lasting(hours: float | None) -> str:
+    """A time in the unit that people would say it in."""
+    if hours is None:
+        return "?"
+    amount, unit = (hours, "h") if hours >= 1 else (60 * hours, "min") if hours >= 1 / 60 else (3600 * hours, "s")
+    return f"{amount:,.0f} {unit}" if amount >= 100 or amount == round(amount) else f"{amount:.2g} {unit}" if amount < 10 else f"{amount:.1f} {unit}"

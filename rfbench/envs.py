@@ -123,7 +123,7 @@ def python(name: str, *options: str) -> Path:
     built = found(name)
     command = " ".join(["rfbench env", name, *(f"--with {option}" for option in options)])
     if built is None:
-        raise UserError(f"this needs the environment '{name}', which is not built; run `{command}`")
+        raise UserError(f"the environment '{name}' is not built; run `{command}`")
     if built.definition != definition:
         raise UserError(f"this needs the environment '{name}', whose definition has changed since it was built; run `{command} --fresh`")
     missing = [option for option in options if option not in built.options]

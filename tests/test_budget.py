@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rfbench import budget, external, provenance, records, reproduce, studies
+from rfbench import budget, config, external, provenance, records, reproduce, studies
 from rfbench.baselines import Prepared
-from rfbench.config import Baseline
+from rfbench.config import Baseline, Recipe
 from rfbench.errors import UserError
 from rfbench.records import DONE, Run
 from tests import models
@@ -35,7 +35,8 @@ def test_table_1_without_weights_or_prompts(folders):
     slowest = next(iter(found.by_contender))
     assert slowest == "magi-1"
     told = "\n".join(budget.sentences(found))
-    assert f"the bottleneck is magi-1, {74 * 96 / 0.19 / 3600:.1f}" in told
+    assert f"the bottleneck is magi-1 with {74 * 96 / 0.19 / 3600:.1f} h" in told
+    assert "on 64 GPUs" in told and {costs[name].device for name in ("reward-forcing", "rolling-forcing")} == {"H100", "a GPU"}
     assert "rfbench env magi-1" in told and "rfbench env vbench" in told and "rfbench fetch wan/reward-forcing" in told
     self_forcing = [one for one in found.downloads if one.repo == "gdhe17/Self-Forcing"]
     assert [one.bytes for one in self_forcing] == [5676252553]
@@ -61,12 +62,49 @@ def test_hours_by_a_profile_of_the_same_settings(folders, tmp_path):
     plan = studies.plan_of(str(tmp_path / "tiny.yaml"))
     unknown = budget.estimate(plan)
     assert unknown.unknown == ("a", "b") and unknown.hours == 0
-    assert "making clips: at least 0 GPU-hours" in budget.sentences(unknown)[0] and "nobody says how fast a, b are" in budget.sentences(unknown)[1]
+    assert (
+        "making clips takes one GPU at least 0 s" in budget.sentences(unknown)[0] and "nobody says how fast a, b are" in budget.sentences(unknown)[1]
+    )
     _profile(folders, plan.members[0], seconds=(9.0, 10.0, 12.0))
     costs = by_name(budget.estimate(plan, gpus=2))
-    assert costs["a"].fps == pytest.approx(8.1) and costs["a"].source == "measured on cpu"  # 81 frames in the middle one's 10 s
+    assert costs["a"].fps == pytest.approx(8.1) and costs["a"].device == "cpu"  # 81 frames in the middle one's 10 s
     assert costs["a"].hours == pytest.approx(2 * 33 / 8.1 / 3600) and costs["a"].wall_hours == pytest.approx(33 / 8.1 / 3600)
     assert costs["b"].fps is None
+    told = budget.sentences(budget.estimate(plan, gpus=2))  # what is known was measured on a CPU
+    assert "takes one CPU at least 8.1 s" in told[0] and told[2].startswith("on 2 CPUs")
+
+
+def test_a_training_that_is_shorter_than_its_recipe_takes_less(folders):
+    """Toy studies take a quarter of the steps; the text of the recipe is about all of them."""
+    found = budget.estimate(studies.plan_of("toy", only=["self-forcing", "reward-forcing"]))
+    assert [(work.steps, work.of) for work in found.trainings] == [(60, 240)] * 3
+    assert found.trainings[0].needs == "2 cores, 2 GB of memory, about 45 s"
+    told = [line for line in budget.sentences(found) if line.startswith("to train")]
+    assert len(told) == 2 and "toy/reward-forcing-s0, toy/reward-forcing-s1: 60 of 240 steps of toy/reward-forcing, each" in told[1]
+    whole = budget.estimate(studies.plan_of("toy-full", only=["self-forcing"])).trainings[-1]
+    assert whole.steps == whole.of and whole.needs == config.load(Recipe, whole.recipe).needs
+
+
+def test_a_variant_with_other_weights_alone_is_as_fast(folders):
+    costs = by_name(budget.estimate(studies.plan_of("table3-ablation", only=["reward-forcing", "no-redmd", "no-sink"])))
+    assert costs["no-redmd-s0"].fps == costs["reward-forcing-s0"].fps == 23.1 and costs["no-sink-s0"].fps is None
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [
+        (None, "?"),
+        (0, "0 s"),
+        (1.4 / 3600, "1.4 s"),
+        (42.44 / 3600, "42.4 s"),
+        (7.5 / 60, "7.5 min"),
+        (1, "1 h"),
+        (19.46, "19.5 h"),
+        (1243.6, "1,244 h"),
+    ],
+)
+def test_a_time_is_said_in_its_unit(hours: float | None, said: str):
+    assert budget.lasting(hours) == said
 
 
 def _profile(folders: Path, member: studies.Member, seconds: tuple[float, ...]) -> None:
