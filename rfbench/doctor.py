@@ -99,7 +99,7 @@ def _gpu() -> Iterator[Check]:
 
 def _memory() -> Iterator[Check]:
     total = provenance.machine()["memory_gib"]
-    yield Check("memory", "ok", f"{total} GiB") if total >= 6 else Check("memory", "missing", f"{total} GiB", "the toy study needs 6 GiB")
+    yield Check("memory", "ok", f"{total} GiB") if total >= 3 else Check("memory", "missing", f"{total} GiB", "the toy study needs 3 GiB")
 
 
 def _disk() -> Iterator[Check]:
