@@ -297,13 +297,22 @@ def sentence(cfg: Recipe, clips: int, *, share: int = 1, offload: bool = False) 
     total = sum(roles.values()) + max(phases.values())
     over = f" of a GPU, networks split over {share}" if share > 1 else ""
     step = f"a step of {clips} clip{'s' if clips > 1 else ''} at a time"
-    return f"memory{over}: {_list(roles)}; {step} adds {_list(phases)}; {total / 2**30:.1f} GiB at most; {room(total)}; {BESIDE}"
+    return f"memory{over}: {_list(roles)}; {step} adds {_list(phases)}; {_size(total)} at most; {room(total)}; {beside(cfg)}"
 
 
 def _list(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in sizes.items())
+    return ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
 
 
-BESIDE = (
-    "not counted: what kernels and the allocator take for themselves, a reward of one's own, and the text encoder, which leaves before the first step"
-)
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def beside(cfg: Recipe) -> str:
+    """What the plan does not count, of what this recipe has."""
+    left = ["what kernels and the allocator take for themselves"]
+    if cfg.reward is not None and cfg.reward.name != "videoreward_mq":
+        left.append(f"what the reward '{cfg.reward.name}' takes")
+    if "text" in open_backbone(cfg.backbone).parts():
+        left.append("the text encoder, which leaves before the first step")
+    return f"not counted: {', '.join(left)}"

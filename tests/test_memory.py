@@ -157,3 +157,16 @@ def test_the_recipe_for_one_gpu_of_80_gb_fits(monkeypatch: pytest.MonkeyPatch) -
     cfg = config.load(Recipe, "wan/reward-forcing-1.3b-teacher")
     total = sum(memory.held(cfg).values()) + max(memory.above(cfg, 1).values())
     assert 70 < total / 2**30 < 78
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left"),
+    [
+        ("toy/teacher", "not counted: what kernels and the allocator take for themselves"),
+        ("toy/reward-forcing", "for themselves, what the reward 'toy_motion' takes"),
+        ("wan/self-forcing", "for themselves, the text encoder, which leaves before the first step"),
+        ("wan/reward-forcing", "for themselves, the text encoder, which leaves before the first step"),  # VideoReward is counted
+    ],
+)
+def test_only_what_a_recipe_has_is_named_as_not_counted(recipe: str, left: str) -> None:
+    assert memory.beside(config.load(Recipe, recipe)).endswith(left)
