@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,8 +84,9 @@ def alone(command: list[str], limit: float) -> dict[str, Any]:
 
 
 def kernels(arguments: Arguments) -> str:
-    """The tests of kernels, attention, copies, 8-bit products and recorded passes, on this device: not in Triton's interpreter where it is a GPU."""
-    asked = [f"tests/test_{name}.py" for name in ("kernels", "attention", "transfer", *(() if arguments.small else ("lean", "float8")))]
+    """The tests of kernels, attention, copies, 8-bit floats and recorded passes, on this device: not in Triton's interpreter where it is a GPU."""
+    names = ["kernels", "attention", "transfer", *([] if arguments.small else ["lean", "float8", "float8_attention"])]
+    asked = [f"tests/test_{name}.py" for name in names]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *asked], capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode:
@@ -127,6 +130,16 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
                     rows.append({"what": f"attention to {keys}", "by": name, "error": why})
                 elif name != "math" or arguments.small:  # which would take all memory
                     ask(f"attention to {keys}", name, 4 * q.shape[1] * keys * 1536, lambda kernel=kernel, qkv=(q, k, v): kernel(*qkv, None), exact)  # type: ignore[misc]
+            if (why := float8.missing("attention", device)) is not None:
+                rows.append({"what": f"attention to {keys}", "by": "8-bit", "error": why})
+                continue
+            heads, alone = [float8.quantised_heads(x) for x in (q, k, v)], float8.by_package if q.is_cuda else float8.emulated
+            ways: dict[str, Callable[[], Tensor]] = {
+                "8-bit, heads quantised before": functools.partial(alone, *heads),
+                "8-bit, by kernels": lambda qkv=(q, k, v): float8.attend(*qkv, quantise=import_module("rfbench.kernels").quantised_heads),  # type: ignore[misc]
+            }
+            for name, way in ways.items():
+                ask(f"attention to {keys}", name, 4 * q.shape[1] * keys * 1536, way, exact)
         for channels, frames, height, width in ((384, 6, 120, 208), (192, 12, 240, 416), (96, 12, 480, 832)):
             size = (1, channels // shrink, frames + 2, height // shrink, width // shrink)
             for layout in (torch.contiguous_format, torch.channels_last_3d):

@@ -79,14 +79,19 @@ def missing(name: str, device: torch.device) -> str | None:
     return None if importlib.util.find_spec("flash_attn") else "needs package flash_attn"
 
 
+def flash(name: str, q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, **more: Tensor) -> Tensor:
+    """`flash_attn_func` of a package, which takes and gives [B, S, H, D]; some versions give the softmax's denominators beside it."""
+    modules = FA3 if name == "fa3" else ("flash_attn",)
+    found = next(module for module in modules if importlib.util.find_spec(module))
+    out = importlib.import_module(found).flash_attn_func(q_BSHD, k_BKHD, v_BKHD, causal=False, **more)
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+
+
 def _package(name: str) -> Kernel:
-    """The kernel of a package that takes and gives [B, S, H, D]; some versions give the softmax's denominators beside it."""
+    """The kernel of a package."""
 
     def run(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None) -> Tensor:
-        modules = FA3 if name == "fa3" else ("flash_attn",)
-        found = next(module for module in modules if importlib.util.find_spec(module))
-        out = importlib.import_module(found).flash_attn_func(q_BSHD, k_BKHD, v_BKHD, causal=False)
-        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+        return flash(name, q_BSHD, k_BKHD, v_BKHD)
 
     return run
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rfbench import config, strict
 from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, pixel_frames
-from rfbench.backbones.wan.float8 import missing
+from rfbench.backbones.wan.float8 import asked, missing
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import RANDOM
@@ -86,7 +86,7 @@ def prepare(
     With `random_weights` nothing is looked for; `reduced` then makes the network small, where the backbone has a small size.
 
     Raises:
-        UserError: it does not exist, a key is wrong, its weights are missing or altered, this device cannot multiply as it says, or its
+        UserError: it does not exist, a key is wrong, its weights are missing or altered, this device cannot compute as it says, or its
             authors' code runs it.
     """
     if config.is_external(baseline):
@@ -95,8 +95,9 @@ def prepare(
     baseline = config.whole_name(Baseline, baseline)
     path = config.find(Baseline, baseline)
     cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)
-    if cfg.precision == "float8" and (why := missing(device())) is not None:
-        raise UserError(f"'{baseline}' with precision 'float8' {why}; take 'bfloat16'")
+    for what in asked(products=cfg.precision, attention=cfg.attention):
+        if (why := missing(what, device())) is not None:
+            raise UserError(f"'{baseline}' with 8-bit {what} {why}; leave that 'float8' out")
     if name is None:
         called = config.name_of(baseline)
         name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml
@@ -109,7 +110,7 @@ def prepare(
 
 def _settings(cfg: Baseline, reduced: bool = False) -> dict[str, Any]:
     """What a baseline says about its backbone; None is left to the backbone."""
-    return {"precision": cfg.precision, "decoder": cfg.decoder, "reduced": reduced or None}
+    return {"precision": cfg.precision, "attention": cfg.attention, "decoder": cfg.decoder, "reduced": reduced or None}
 
 
 def device() -> torch.device:

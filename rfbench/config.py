@@ -206,6 +206,7 @@ class Baseline:
     sampler: SamplerCfg
     license: License
     precision: Streamed | None = None  # of the network; null is the backbone's own; float8: approximate, and marked wherever it counts
+    attention: Literal["float8"] | None = None  # of tokens to each other in streams; approximate likewise
     decoder: Literal["vae", "tiny"] | None = None  # tiny: approximate likewise
     paper: str | None = None
     code: str | None = None  # the authors': GitHub repository@commit
@@ -214,13 +215,16 @@ class Baseline:
     trained_by: dict[str, Any] = field(default_factory=dict)  # written by `train`: recipe, fingerprint, commit
 
     def __post_init__(self) -> None:
-        if self.precision == "float8" and self.sampler.solver in ("rolling", "forcing"):
-            raise UserError(f"precision 'float8' is for passes of one chunk, and solver '{self.sampler.solver}' has several in work; take 'bfloat16'")
+        if "float8" in (self.precision, self.attention) and self.sampler.solver in ("rolling", "forcing"):
+            raise UserError(
+                f"precision or attention 'float8' is for passes of one chunk, and solver '{self.sampler.solver}' has several in work; leave it out"
+            )
 
     @property
     def approximate(self) -> tuple[str, ...]:
         """What of it is not computed as its authors do; every number that it was part of is marked."""
-        return tuple(name for name, there in (("8-bit products", self.precision == "float8"), ("tiny decoder", self.decoder == "tiny")) if there)
+        eight = {"8-bit products": self.precision == "float8", "8-bit attention": self.attention == "float8"}
+        return tuple(name for name, there in (eight | {"tiny decoder": self.decoder == "tiny"}).items() if there)
 
 
 @dataclass(frozen=True)

@@ -260,3 +260,56 @@ def as_uint8(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     _as_uint8[(triton.cdiv(x.numel(), 2048),)](x, out, x.numel(), BLOCK=2048, **PLAIN)
     return out
+
+
+@triton.jit
+def _head(x, tokens, clip_stride, token_stride, HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Some tokens of a clip's head, where they are among all of its clip that are contiguous, and which of them there are."""
+    clip, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    at = tl.arange(0, WIDE)[None, :]
+    there = (token < tokens) & (at < HEAD)
+    value = tl.load(x + clip * clip_stride + token * token_stride + head * HEAD + at, there, 0.0).to(tl.float32)
+    return value, ((clip * tokens + token) * HEADS + head) * HEAD + at, there
+
+
+@triton.jit
+def _largest(x, largest, tokens, clip_stride, token_stride, HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    value, _, _ = _head(x, tokens, clip_stride, token_stride, HEADS, HEAD, BLOCK, WIDE)
+    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(tl.abs(value)))
+
+
+@triton.jit
+def _quantised_heads(
+    x,
+    largest,
+    out,
+    scales,
+    tokens,
+    clip_stride,
+    token_stride,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    part = tl.arange(0, PARTS)
+    scale = _scale(tl.load(largest + tl.program_id(1) * tl.num_programs(0) + part, part < tl.num_programs(0), 0.0))
+    tl.store(scales + tl.program_id(1), scale, tl.program_id(0) == 0)
+    value, at, there = _head(x, tokens, clip_stride, token_stride, HEADS, HEAD, BLOCK, WIDE)
+    tl.store(out + at, _to_float8(value * (1.0 / scale)), there)
+
+
+def quantised_heads(x_BSHD: Tensor) -> tuple[Tensor, Tensor]:
+    """`rfbench.backbones.wan.float8.quantised_heads`: one reading for what is largest in each part of a head, one that rounds."""
+    batch, tokens, heads, head = x_BSHD.shape
+    wide, block = triton.next_power_of_2(head), 64
+    parts = triton.cdiv(tokens, block)
+    largest = torch.empty(batch * heads, parts, device=x_BSHD.device)
+    out, scales = torch.empty(x_BSHD.shape, dtype=torch.float8_e4m3fn, device=x_BSHD.device), torch.empty(batch, heads, device=x_BSHD.device)
+    sizes: dict[str, Any] = {"HEADS": heads, "HEAD": head, "BLOCK": block, "WIDE": wide, "num_warps": _warps(block * wide)}
+    grid, where = (parts, batch * heads), (tokens, x_BSHD.stride(0), x_BSHD.stride(1))
+    _largest[grid](x_BSHD, largest, *where, **sizes, **PLAIN)
+    _quantised_heads[grid](x_BSHD, largest, out, scales, *where, PARTS=triton.next_power_of_2(parts), **sizes, **PLAIN)
+    return out, scales

@@ -48,8 +48,8 @@ def profile(
     ready = baselines.prepare(baseline, fields, name=name, random_weights=random_weights, reduced=reduced)
     if not possible(ready.cfg.sampler):
         raise UserError(f"'{baseline}' has no ladder: rung 0 knows few steps with fresh noise over a plain cache, and neither guidance nor shots")
-    if ready.cfg.precision == "float8":
-        raise UserError(f"'{baseline}' with precision 'float8' has no ladder of its own: that is a rung of the other's; leave it out")
+    if eight := [what for what in ready.cfg.approximate if what in EIGHT]:
+        raise UserError(f"'{baseline}' with {' and '.join(eight)} has no ladder of its own: that is a rung of the other's; leave it out")
     refuse_short(ready, chunks)
     device = baselines.device()
     machine = hardware.name(device)
@@ -88,8 +88,8 @@ def approximations(
     baseline: str, fields: Sequence[str], ready: Prepared, backbone: Backbone
 ) -> tuple[dict[str, tuple[Backbone, SamplerCfg]], dict[str, str]]:
     """The approximations that a baseline can be set to, and why others are left out."""
-    steps, found, why = ready.cfg.sampler.steps, dict[str, tuple[Backbone, SamplerCfg]](), float8.missing(baselines.device())
-    left_out = {} if why is None else {EIGHT: why}
+    steps, found = ready.cfg.sampler.steps, dict[str, tuple[Backbone, SamplerCfg]]()
+    left_out = {name: why for name, what in EIGHT.items() if (why := float8.missing(what, baselines.device())) is not None}
     half = steps // 2 if isinstance(steps, int) else list(steps[::2])
     for called, changes in APPROXIMATE.items():
         asked = [*fields, *(field.format(half=half) for field in changes)]

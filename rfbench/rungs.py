@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any, Literal, cast
@@ -27,6 +27,7 @@ from torch import Tensor
 from rfbench import flops, hardware, video
 from rfbench.backbones.base import TEMPORAL, Backbone
 from rfbench.backbones.wan import float8
+from rfbench.backbones.wan.dit import Eight
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.config import SamplerCfg
 from rfbench.naive import naive
@@ -41,7 +42,7 @@ WITHIN = 1.1  # times the error of rung 0
 VALUES, ENOUGH = 2**16, 24  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many
 NONE = Shortcuts(**dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False))
 PLACES = ("chunk 0", f"chunk {STEADY}", "long")
-EIGHT = "8-bit products"  # for itself too, of the weights that are there
+EIGHT: dict[str, Eight] = {"8-bit products": "products", "8-bit attention": "attention"}  # each for itself too, of the weights that are there
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def reference(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCf
     return naive(backbone, text_BLE, latents, cfg, noise, initial_BFCHW)
 
 
-def streamed(shortcuts: Shortcuts, *, eight: bool = False) -> Run:
-    """The shared sampler with the given shortcuts, and with products of 8-bit floats."""
+def streamed(shortcuts: Shortcuts, eight: Collection[Eight] = ()) -> Run:
+    """The shared sampler with the given shortcuts, and what of it is computed from 8-bit floats."""
     made: dict[int, LeanDiT] = {}  # kept between clips, as `rfbench.generate` does
 
     def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
@@ -113,16 +114,15 @@ def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Ba
     approximation for itself, with all of them."""
     taken = dataclasses.asdict(NONE)
 
-    def way(name: str, kind: Literal["exact", "approximate"], backbone: Backbone = backbone, cfg: SamplerCfg = cfg, **how: bool) -> Way:
-        return Way(name, kind, streamed(Shortcuts(**taken), **how), backbone, cfg, Shortcuts(**taken))
+    def way(name: str, kind: Literal["exact", "approximate"], backbone: Backbone = backbone, cfg: SamplerCfg = cfg, *eight: Eight) -> Way:
+        return Way(name, kind, streamed(Shortcuts(**taken), eight), backbone, cfg, Shortcuts(**taken))
 
     found = [Way("naive", "reference", reference, backbone, cfg)]
     found.append(way("slots", "exact"))
     for name in usable(device := backbone.denoiser.head.modulation.device):
         taken[name] = True
         found.append(way(name, "exact"))
-    if float8.missing(device) is None:
-        found.append(way(EIGHT, "approximate", eight=True))
+    found += [way(name, "approximate", backbone, cfg, what) for name, what in EIGHT.items() if float8.missing(what, device) is None]
     return found + [way(name, "approximate", *changed) for name, changed in (approximate or {}).items()]
 
 

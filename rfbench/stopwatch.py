@@ -153,7 +153,7 @@ def precision(backbone: Backbone) -> dict[str, str]:
     if isinstance(text, WanText):
         found["text"] = {text.dtype}
     told = {name: "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) for name, dtypes in found.items() if dtypes}
-    return told | ({"denoiser's products": "float8_e4m3fn"} if backbone.denoiser.cfg.float8 else {})
+    return told | {f"denoiser's {what}": "float8_e4m3fn" for what in backbone.denoiser.cfg.float8}
 
 
 def forget_prompts(backbone: Backbone) -> None:

@@ -1,9 +1,9 @@
-"""Products of 8-bit floats: every number is the nearest that there is, errors stay in their bounds, kernels agree, and it is never silent."""
+"""Products and attention from 8-bit floats: each number is the nearest, errors stay in their bounds, kernels agree, and it is never silent."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from rfbench import baselines, ladder, profiling, rungs, stopwatch
 from rfbench.backbones.wan import float8
+from rfbench.backbones.wan.dit import Eight
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
 from rfbench.config import Baseline, CacheCfg, SamplerCfg, find
 from rfbench.errors import UserError
-from rfbench.report import division
+from rfbench.report import division, leaderboard
 from rfbench.sampler import clip_noise, stream
 from rfbench.strict import build, load_plain
 from tests.tiny import CFG, Tiny, distance, normal
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(float8.missing(DEVICE) is not None, reason="this GPU has no products of 8-bit floats")
+pytestmark = pytest.mark.skipif(float8.missing("products", DEVICE) is not None, reason="this GPU has no products of 8-bit floats")
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
 NUMBERS = NUMBERS[NUMBERS.isfinite()]  # every one that there is
 WIDE = replace(CFG, dim=32, ffn_dim=64)  # GPUs want multiples of 16
+FIELDS: dict[Eight, str] = {"products": "precision=float8", "attention": "attention=float8"}
+LACKING = float8.missing("attention", DEVICE)
+THERE = ["products", pytest.param("attention", marks=pytest.mark.skipif(LACKING is not None, reason=f"8-bit attention {LACKING}"))]
 
 
 def drawn(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,61 +99,92 @@ def clip(tiny: Tiny, lean: LeanDiT) -> Tensor:
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_a_stream_of_such_products_is_near_and_is_not_the_same(merged: bool) -> None:
+@pytest.mark.parametrize("what", THERE)
+def test_such_a_stream_is_near_and_is_not_the_same(what: Eight, merged: bool) -> None:
     tiny = Tiny(WIDE, height=2, width=4).to(DEVICE)
-    wanted, found = clip(tiny, LeanDiT(tiny.denoiser)), clip(tiny, LeanDiT(tiny.denoiser, Shortcuts(merged=merged), eight=True))
+    wanted, found = clip(tiny, LeanDiT(tiny.denoiser)), clip(tiny, LeanDiT(tiny.denoiser, Shortcuts(merged=merged), eight=[what]))
     assert 1e-3 < distance(found, wanted) < 0.2
-    asked = Tiny(replace(WIDE, float8=True), height=2, width=4).to(DEVICE)
+    asked = Tiny(replace(WIDE, float8=(what,)), height=2, width=4).to(DEVICE)
     assert torch.equal(clip(asked, LeanDiT(asked.denoiser, Shortcuts(merged=merged))), found)
 
 
-def test_a_stream_by_kernels_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", THERE)
+def test_a_stream_by_kernels_is_that_of_torch(what: Eight, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="there is no triton; pip install triton")
     monkeypatch.setattr("rfbench.backbones.wan.lean.ON", {})
     tiny = Tiny(WIDE, height=2, width=4).to(DEVICE)
-    lean = LeanDiT(tiny.denoiser, Shortcuts(kernels=True, graphs=False), eight=True)
+    lean = LeanDiT(tiny.denoiser, Shortcuts(kernels=True, graphs=False), eight=[what])
     assert lean.kernels is not None
-    exact, plain = (clip(tiny, LeanDiT(tiny.denoiser, eight=eight)) for eight in (False, True))
+    exact, plain = (clip(tiny, LeanDiT(tiny.denoiser, eight=eight)) for eight in ([], [what]))
     assert distance(clip(tiny, lean), plain) < distance(plain, exact)  # a value between two numbers goes now to the one, now to the other
 
 
-def test_it_is_refused_where_a_device_cannot_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = baselines.prepare("toy/ode-init", ["precision=float8"])
-    assert asked.blank.denoiser.cfg.float8 and asked.cfg.approximate == ("8-bit products",)
+@pytest.mark.parametrize("what", THERE)
+def test_a_setting_of_a_baseline_asks_for_it(what: Eight) -> None:
+    asked = baselines.prepare("toy/ode-init", [FIELDS[what]])
+    assert asked.blank.denoiser.cfg.float8 == (what,) and asked.cfg.approximate == (f"8-bit {what}",)
     assert asked.inputs() != baselines.prepare("toy/ode-init").inputs()
+
+
+@pytest.mark.parametrize(
+    ("what", "capability", "why"),
+    [
+        ("products", (8, 0), "compute capability 8.9 and this device has 8.0"),
+        ("attention", (8, 9), "compute capability 9.0 and this device has 8.9"),
+        ("attention", (10, 0), "compute capability 9.0 and this device has 10.0"),
+        ("attention", (9, 0), "package flash_attn_interface or fa3_fwd_interface"),
+    ],
+)
+def test_it_is_refused_where_a_device_cannot_do_it(what: Eight, capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    told = "with precision 'float8' needs compute capability 8.9 and this device has 8.0; take 'bfloat16'"
-    with pytest.raises(UserError, match=told):
-        baselines.prepare("toy/ode-init", ["precision=float8"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert float8.missing(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"'toy/ode-init' with 8-bit {what} needs {why}; leave that 'float8' out"):
+        baselines.prepare("toy/ode-init", [FIELDS[what]])
 
 
-def test_a_ladder_has_such_a_rung_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_taken_where_a_device_can_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "fa3_fwd_interface" else None)
+    for what, capability in (("products", (8, 9)), ("attention", (9, 0))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert float8.missing(cast(Eight, what), torch.device("cuda")) is None
+
+
+def test_a_ladder_has_such_rungs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = baselines.prepare("toy/ode-init")
     backbone = ready.open()
-    for why in (None, "needs another device"):
-        monkeypatch.setattr(float8, "missing", lambda device, why=why: why)
+    for lacking in ((), ("attention",), ("products", "attention")):
+        monkeypatch.setattr(float8, "missing", lambda what, device, lacking=lacking: f"needs another {what}" if what in lacking else None)
         found, left_out = ladder.approximations("toy/ode-init", [], ready, backbone)
         names = [way.name for way in rungs.ways(backbone, ready.cfg.sampler, found)]
-        assert (rungs.EIGHT in names) == (why is None) and left_out.get(rungs.EIGHT) == why
+        for name, what in rungs.EIGHT.items():
+            assert (name in names) == (what not in lacking) and left_out.get(name) == (f"needs another {what}" if what in lacking else None)
 
 
 def test_where_it_cannot_be_it_is_an_error() -> None:
     with pytest.raises(UserError, match="backbone 'toy' does not use 'precision' bfloat16"):
         baselines.prepare("toy/ode-init", ["precision=bfloat16"])
-    with pytest.raises(UserError, match="'float8' is for passes of one chunk, and solver 'rolling' has several in work"):
-        rolling = load_plain(find(Baseline, "wan/rolling-forcing"), ["precision=float8"], Baseline)
-        build(Baseline, rolling, where="x")
-    with pytest.raises(UserError, match="that is a rung of the other's"):
-        ladder.profile("toy/ode-init", ["precision=float8"], chunks=5, repeats=1)
+    with pytest.raises(UserError, match="'fp8' is not one of float8"):
+        baselines.prepare("toy/ode-init", ["attention=fp8"])
+    for field in FIELDS.values():
+        with pytest.raises(UserError, match="'float8' is for passes of one chunk, and solver 'rolling' has several in work"):
+            rolling = load_plain(find(Baseline, "wan/rolling-forcing"), [field], Baseline)
+            build(Baseline, rolling, where="x")
 
 
-def test_its_numbers_are_marked() -> None:
-    asked = baselines.prepare("toy/ode-init", ["precision=float8"])
+@pytest.mark.parametrize("what", THERE)
+def test_its_numbers_are_marked(what: Eight) -> None:
+    with pytest.raises(UserError, match=f"'toy/ode-init' with 8-bit {what} has no ladder of its own: that is a rung of the other's"):
+        ladder.profile("toy/ode-init", [FIELDS[what]], chunks=5, repeats=1)
+    asked = baselines.prepare("toy/ode-init", [FIELDS[what]])
     about = stopwatch.warm(asked, 0, 0.0).about
-    assert about["precision"]["denoiser's products"] == "float8_e4m3fn" and about["approximate"] == ("8-bit products",)
+    assert about["precision"][f"denoiser's {what}"] == "float8_e4m3fn" and about["approximate"] == (f"8-bit {what}",)
     document = {"timings": {"a": {"dit_fps": {"median": 1.0, "low": 1.0, "high": 1.0}}}, "length": {}, "recorded": {"contenders": {"a": about}}}
-    assert "a (8-bit products)" in profiling.table(document)[0]
-    assert division._told(about["approximate"]) == "approximate: 8-bit products"
+    assert f"a (8-bit {what})" in profiling.table(document)[0]
+    assert division._told(about["approximate"]) == f"approximate: 8-bit {what}"
+    assert set(rungs.EIGHT) <= set(leaderboard.APPROXIMATE)
+
+
+def test_both_together_are_both_marked() -> None:
+    cfg = build(Baseline, load_plain(find(Baseline, "wan/reward-forcing"), [*FIELDS.values()], Baseline), where="x")
+    assert cfg.approximate == ("8-bit products", "8-bit attention")

@@ -401,7 +401,7 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     found = json.loads(told.splitlines()[-1])
     names = [rung["name"] for rung in found["rungs"]]
-    assert names[:2] == ["naive", "slots"] and names[-4:] == ["8-bit products", "no context", "half the steps", "tiny decoder"] and "joint" in names
+    assert names[:2] == ["naive", "slots"] and names[-5:] == [*rungs.EIGHT, "no context", "half the steps", "tiny decoder"] and "joint" in names
     assert found["name"] == "climb/cpu" and found["status"] == "done" and found["asked"] == {"chunks": 5, "repeats": 2}
     assert found["recorded"]["peak_is"].startswith("measured") and found["recorded"]["peak_tflops"] > 0
     assert found["recorded"]["left_out"] == {} and found["rungs"][-1]["first"] < 1e-6, "another decoder leaves latents as they are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> wan.WanBackbone:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rfbench.toml").write_text('[paths]\nweights = "weights"\nruns = "runs"\nreports = "reports"\n')
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
-    monkeypatch.setattr(wan, "WAN_1_3B", wan.REDUCED)
+    monkeypatch.setattr(wan, "wan_1_3b", functools.partial(wan.WanBackbone, wan.REDUCED))
     for name in ("TEXT", "TOKENIZER", "VAE"):
         monkeypatch.setattr(wan, name, replace(getattr(wan, name), bytes=None, sha256=None))
     made = reduced(precision="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights on disk as their authors publish theirs, of a member that is small enough to train on one thread."""
     (tmp_path / "rfbench.toml").write_text('[paths]\nweights = "weights"\nruns = "runs"\nreports = "reports"\n')
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
-    monkeypatch.setattr(wan, "WAN_1_3B", replace(wan.REDUCED, height=32, width=48))
+    monkeypatch.setattr(wan, "wan_1_3b", functools.partial(wan.WanBackbone, replace(wan.REDUCED, height=32, width=48)))
     for name in ("TEXT", "TOKENIZER", "VAE"):
         monkeypatch.setattr(wan, name, replace(getattr(wan, name), bytes=None, sha256=None))
     folder = tmp_path / "weights" / wan.REPO

@@ -24,6 +24,7 @@ from torch.nn import functional
 from rfbench import world
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.backbones.wan.float8 import asked
 from rfbench.config import Streamed, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.weights import load_into
@@ -166,11 +167,13 @@ class ToyBackbone(nn.Module):
 
     shape = SHAPE
 
-    def __init__(self, *, precision: Streamed = "float32", decoder: Literal["vae", "tiny"] = "vae") -> None:
+    def __init__(
+        self, *, precision: Streamed = "float32", attention: Literal["float8"] | None = None, decoder: Literal["vae", "tiny"] = "vae"
+    ) -> None:
         super().__init__()
         if precision not in ("float32", "float8"):
             raise UserError(f"backbone 'toy' does not use 'precision' {precision}; it computes in float32, or approximately with float8")
-        self.denoiser = WanDiT(replace(DIT, float8=precision == "float8"))
+        self.denoiser = WanDiT(replace(DIT, float8=asked(products=precision, attention=attention)))
         self.text = ToyText()
         self.autoencoder = Autoencoder()
         self.tiny = decoder == "tiny"

@@ -27,6 +27,7 @@ from rfbench.timing import TIMINGS
 RANDOM_WEIGHTS = "its weights are random, so its scores mean nothing"
 APPROXIMATE = {
     "8-bit products": "its network multiplies 8-bit floats, so its scores and times are approximate",
+    "8-bit attention": "its network's attention is computed from 8-bit floats, so its scores and times are approximate",
     "tiny decoder": "its pixels come from the tiny decoder, so its scores and the times that count decoding are approximate",
 }
 

@@ -7,6 +7,7 @@ Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, T
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from rfbench.backbones.base import Decoder, VideoShape
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
+from rfbench.backbones.wan.float8 import asked
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
 from rfbench.backbones.wan.tiny_vae import TinyDecoder, TinyVAE
 from rfbench.backbones.wan.vae import VAECfg, WanDecoder, WanEncoder, WanVAE
@@ -106,13 +108,22 @@ class WanBackbone(nn.Module):
 
     `precision`: everything in bfloat16, as the students of the Self Forcing family run; `mixed`, as Wan's own code runs, with the
     DiT's float32 islands and the autoencoder in float32; or everything in float32. `float8` is bfloat16 whose streams multiply 8-bit
-    floats, and `decoder: tiny` decodes with another network: both are approximate.
+    floats, `attention: float8` is streams' attention from such, and `decoder: tiny` decodes with another network: all are approximate.
     """
 
-    def __init__(self, member: Member, *, precision: Streamed, decoder: Literal["vae", "tiny"], reduced: bool) -> None:
+    def __init__(
+        self,
+        member: Member,
+        *,
+        precision: Streamed = "bfloat16",
+        attention: Literal["float8"] | None = None,
+        decoder: Literal["vae", "tiny"] = "vae",
+        reduced: bool = False,
+    ) -> None:
         super().__init__()
         member = smaller(member) if reduced else member
-        self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed", float8=precision == "float8"))
+        eight = asked(products=precision, attention=attention)
+        self.member = replace(member, dit=replace(member.dit, islands=precision == "mixed", float8=eight))
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.vae_dtype = torch.float32 if precision == "mixed" else self.dtype
         rows, columns = member.height // member.vae.patch, member.width // member.vae.patch
@@ -216,17 +227,11 @@ def draw(module: nn.Module, rng: torch.Generator) -> None:
             nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
 
-def wan_1_3b(*, precision: Streamed = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
-    return WanBackbone(WAN_1_3B, precision=precision, decoder=decoder, reduced=reduced)
+wan_1_3b = functools.partial(WanBackbone, WAN_1_3B)
+wan_14b = functools.partial(WanBackbone, WAN_14B)
+skyreels_df_1_3b = functools.partial(WanBackbone, SKYREELS_DF_1_3B, precision="mixed")
 
 
-def wan_14b(*, precision: Streamed = "bfloat16", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
-    return WanBackbone(WAN_14B, precision=precision, decoder=decoder, reduced=reduced)
-
-
-def skyreels_df_1_3b(*, precision: Streamed = "mixed", decoder: Literal["vae", "tiny"] = "vae", reduced: bool = False) -> WanBackbone:
-    return WanBackbone(SKYREELS_DF_1_3B, precision=precision, decoder=decoder, reduced=reduced)
-
-
-def wan22_5b(*, precision: Streamed = "bfloat16", reduced: bool = False) -> WanBackbone:
-    return WanBackbone(WAN_5B, precision=precision, decoder="vae", reduced=reduced)
+def wan22_5b(*, precision: Streamed = "bfloat16", attention: Literal["float8"] | None = None, reduced: bool = False) -> WanBackbone:
+    """There is no tiny decoder of its latents."""
+    return WanBackbone(WAN_5B, precision=precision, attention=attention, reduced=reduced)

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from rfbench.attention import attend, rotate, rotations
 
+Eight = Literal["products", "attention"]  # what can be computed from 8-bit floats
 TextKV = list[tuple[Tensor, Tensor]]  # per layer, cross-attention keys and values [B, L, h, D]
 ISLANDS = re.compile(r"time_|fps_|modulation|norm|^head\.")  # the weights that Wan's own network applies outside of bf16 autocast
 
@@ -37,7 +38,7 @@ class DiTCfg:
 
     `islands`: time embedding, modulation, norms, residual stream and head stay in float32 whatever dtype the rest has, as in
     Wan's own network. The students of the Self Forcing family have no such islands. In float32 there is no difference.
-    `float8`: passes without gradients make the blocks' products from 8-bit floats, which is approximate.
+    `float8`: what streams compute from 8-bit floats, which is approximate: the blocks' products, or the attention of tokens to each other.
     `fps`: the network is told the frame rate, in five tensors more (SkyReels-V2-DF-1.3B; it knows 16 and everything else).
     """
 
@@ -53,7 +54,7 @@ class DiTCfg:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     islands: bool = False
-    float8: bool = False
+    float8: tuple[Eight, ...] = ()
     fps: int | None = None
 
     @property

@@ -2,7 +2,7 @@
 
 A stream has one text and a few timesteps, which all tokens of a pass share, and of its clean pass only keys and values are
 wanted. So more is known beforehand than `WanDiT.forward` may assume. Weights are read where the model keeps them. With `DiTCfg.float8`
-or `eight` the products of the blocks are approximate, see `rfbench.backbones.wan.float8`: the one thing here that is more than a shortcut.
+or `eight` products or attention are approximate, see `rfbench.backbones.wan.float8`: the one thing here that is more than a shortcut.
 
 All tokens of a pass are rows of one matrix, clip by clip; where a clean pass goes along with the next chunk's first step, its rows come first.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from rfbench.attention import attend, rotate, rotations
 from rfbench.backbones.wan import float8
-from rfbench.backbones.wan.dit import Block, Cache, TextKV, WanDiT
+from rfbench.backbones.wan.dit import Block, Cache, Eight, TextKV, WanDiT
 from rfbench.backbones.wan.graphs import Graphs
 from rfbench.cache import CacheShape, KVCache, Move, room
 from rfbench.config import CacheCfg
@@ -106,9 +106,10 @@ class LeanDiT:
     """
 
     @torch.no_grad()
-    def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: bool | None = None) -> None:
+    def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: Collection[Eight] | None = None) -> None:
         self.model, self.shortcuts = model, shortcuts
-        self.eight = model.cfg.float8 if eight is None else eight
+        approximate = model.cfg.float8 if eight is None else eight
+        self.eight = "products" in approximate
         self.eps, self.size, self.heads = model.cfg.eps, (model.cfg.dim,), (model.cfg.num_heads, model.cfg.head_dim)
         device = model.head.modulation.device
         self.floor, self.slope = torch.tensor(model.cfg.eps, device=device), torch.tensor(SLOPE, device=device)
@@ -121,6 +122,9 @@ class LeanDiT:
         of_blocks: Callable[..., Times] = laid
         if self.eight:
             of_blocks = functools.partial(float8.product, quantise=self.kernels.quantised) if self.kernels is not None else float8.product
+        self.attend: Callable[..., Tensor] = attend
+        if "attention" in approximate:
+            self.attend = functools.partial(float8.attend, quantise=self.kernels.quantised_heads) if self.kernels is not None else float8.attend
         self.layers = [read(cast(Block, block), of_blocks, merged="merged" in self.taken) for block in model.blocks]
         self.head = laid(model.head.head)
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
@@ -229,7 +233,7 @@ class LeanDiT:
                     cast(KVCache, cache).carry(number)
                 looked = look(number, place, kept or (clean and not place))
                 if place or not dropped:
-                    seen.append(attend(*looked))
+                    seen.append(self.attend(*looked))
             if dropped:
                 if not place:
                     break
