@@ -1,7 +1,8 @@
 """Answers like rfbench.vbench_worker, without any network: values follow from the bytes of the clip and what is asked of it.
 
-A clip of the text "die" kills it, one of "torn" as well in the middle of a line, "hang" holds it up, "broken" is refused. With FAKE_LACKS a dimension
-cannot run; FAKE_VERSION is that of the weights.
+A clip of the text "die" kills it, one of "torn" as well in the middle of a line, "slow" and "hang" hold it up, "broken" is refused. As
+the official driver it says nothing before it is done with all clips of a dimension. With FAKE_LACKS a dimension cannot run; FAKE_VERSION is that of
+the weights.
 """
 
 from __future__ import annotations
@@ -49,16 +50,20 @@ def main(arguments: list[str]) -> None:
     job = json.loads(Path(arguments[0]).read_text())
     with Path(arguments[0]).with_name("sessions.txt").open("a") as file:
         file.write(f"{len(job['items'])}\n")
+    together: dict[str, list[dict[str, Any]]] = {}
     for item in job["items"]:
-        content = Path(item["path"]).read_text()
-        print(json.dumps({"turns_to": item["id"]}), flush=True)
-        if content == "hang":
-            time.sleep(600)
-        if content in ("die", "torn"):
-            print('{"id": "' if content == "torn" else "", end="", flush=True)
-            print("Segmentation fault", file=sys.stderr, flush=True)
-            os._exit(139)
-        print(json.dumps(answer(item)), flush=True)
+        together.setdefault(item["dimension"] if job["driver"] == "official" else item["id"], []).append(item)
+    for items in together.values():
+        print(json.dumps({"turns_to": [item["id"] for item in items]}), flush=True)
+        for content in [Path(item["path"]).read_text() for item in items]:
+            if content in ("slow", "hang"):
+                time.sleep(600 if content == "hang" else 0.5)
+            if content in ("die", "torn"):
+                print('{"id": "' if content == "torn" else "", end="", flush=True)
+                print("Segmentation fault", file=sys.stderr, flush=True)
+                os._exit(139)
+        for item in items:
+            print(json.dumps(answer(item)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import select
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +187,50 @@ def test_a_clip_that_the_worker_never_ends_with_costs_itself_alone(tmp_path, mon
         evaluate(run, ["vbench"])
     assert set(note(run)["refused"]) == {"0002-2"} and len(sessions(run)) == 2
     assert not any(row["sha256"] == clip.sha256 for clip in records.read_clips(run) if clip.id == "0002-2" for row in raw(run))
+
+
+@pytest.mark.parametrize("driven", ["fast", "official"])
+def test_whoever_is_late_costs_himself_alone_with_both_drivers(tmp_path, monkeypatch, driven):
+    """vbench's own functions have the time of all clips that they are given at once, and are then given half of them."""
+    monkeypatch.setattr(driver, "PATIENCE", {"cpu": 0.5})
+    items = asked(tmp_path, ["fine", "hang", "fine", "good"], ["color", "scene"])
+    begun = time.monotonic()
+    found = {row["id"]: row for row in driver.answers(Path(sys.executable), items, {"driver": driven, "device": "cpu", "random": None}, tmp_path)}
+    assert set(found) == {item["id"] for item in items}
+    assert {name for name, row in found.items() if row["value"] is None} == {"1 color", "1 scene"}
+    assert found["1 color"]["reason"] == "VBench's worker was at it for 0.5 s and was ended"
+    assert 0.5 <= time.monotonic() - begun < 20
+
+
+def test_an_answer_that_comes_when_time_runs_out_counts(tmp_path, monkeypatch):
+    """As if the clock had struck just before the answer was seen: it is read, and who was next gets all of his time."""
+    wait, late = select.select, list[bool]()
+
+    def strike(*files):
+        if files[3] is None or late:
+            return wait(*files)
+        late.append(True)
+        time.sleep(1.5)  # in which the worker answers everything but the clip that holds it up
+        return [], [], []
+
+    monkeypatch.setattr(select, "select", strike)
+    items = asked(tmp_path, ["slow", "good", "hang"], ["color"])
+    monkeypatch.setattr(driver, "PATIENCE", {"cpu": 1.0})
+    found = {row["id"]: row for row in driver.answers(Path(sys.executable), items, {"driver": "fast", "device": "cpu", "random": None}, tmp_path)}
+    assert late and [row["value"] is None for row in found.values()] == [False, False, True]
+    assert (tmp_path / "sessions.txt").read_text().split() == ["3", "1"]
+
+
+def asked(folder, contents, dimensions):
+    """Items of clips that hold these texts."""
+    for number, content in enumerate(contents):
+        (folder / f"{number}.mp4").write_text(content)
+    about = {"prompt": "", "about": {}, "frames": 4}
+    return [
+        {"id": f"{number} {name}", "path": str(folder / f"{number}.mp4"), "dimension": name, **about}
+        for number in range(len(contents))
+        for name in dimensions
+    ]
 
 
 def test_a_rehearsal_with_drawn_weights_says_so_and_is_never_closed(tmp_path):

@@ -1,19 +1,21 @@
 """Our side of `rfbench.vbench_worker`, which runs in the environment `vbench`: a job file out, one JSON line per item back.
 
 The worker may die of a clip. What it had answered is kept, and the rest is given to new workers in halves, until the clip is alone;
-then that clip has a reason instead of a value, and every other its value. The fast driver also says which clip it turns to: if then
-nothing comes for too long, that clip has its reason and the rest a new worker. vbench's own functions say nothing before they are
-done with all clips of a dimension, and are waited for.
+then that clip has a reason instead of a value, and every other its value. The worker also says which clips it turns to: the fast
+driver to one, vbench's own functions to all that they are given at once. If these are not answered in time, a new worker gets the
+rest; a clip that was alone has a reason, several are halved like those that a worker died of. An answer that came counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import select
 import signal
 import subprocess
-import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from rfbench.errors import UserError
 
 MODULE = "rfbench.vbench_worker"
 BARREN = 16  # workers in a row that answered nothing: more halvings than any suite has clips for
-PATIENCE = {"cuda": 900.0, "cpu": 7200.0}  # seconds for one dimension of one clip, its networks' loading included
+PATIENCE = {"cuda": 900.0, "cpu": 7200.0}  # seconds for one dimension of each clip, its networks' loading included
 Item = Mapping[str, Any]  # as rfbench.vbench_worker.jobs.Item
 Line = dict[str, Any]  # as rfbench.vbench_worker.jobs.Row
 
@@ -58,11 +60,12 @@ def answers(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder:
                 if left.pop(line["id"], None) is not None:
                     yield line
         except _StuckError as stuck:
-            clip = next(item["path"] for item in group if item["id"] == stuck.item)
-            for item in [item for item in left.values() if item["path"] == clip]:
-                yield {"id": left.pop(item["id"])["id"], "value": None, "weight": 0, "reason": str(stuck)}
-            groups += [list(left.values())] if left else []
-            continue
+            over = {item["path"] for item in group if item["id"] in stuck.items}
+            if len(over) < 2:
+                for item in [item for item in left.values() if item["path"] in over]:
+                    yield {"id": left.pop(item["id"])["id"], "value": None, "weight": 0, "reason": str(stuck)}
+                groups += [list(left.values())] if left else []
+                continue
         if not left:
             barren = 0
             continue
@@ -80,23 +83,23 @@ def answers(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder:
 
 
 class _StuckError(Exception):
-    """A worker that was ended because nothing had come for too long since it turned to an item."""
+    """A worker that was ended because items that it had turned to were not answered in time; they are none if the last answer just came."""
 
-    def __init__(self, item: str, seconds: float) -> None:
-        super().__init__(f"VBench's worker was at it for {seconds:.0f} s and was ended")
-        self.item = item
+    def __init__(self, items: Sequence[str], seconds: float) -> None:
+        super().__init__(f"VBench's worker was at it for {seconds:g} s and was ended")
+        self.items = items
 
 
 def _session(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder: Path) -> Iterator[Line]:
     """The answers of one worker, whole lines only, up to its end.
 
     Raises:
-        _StuckError: it was ended over an item.
+        _StuckError: it was ended over items.
     """
-    patience, at, late = PATIENCE[job["device"]], "", threading.Event()
+    awaited, patience, deadline, late = list[str](), 0.0, math.inf, False
     records.write_json(folder / "job.json", {**job, "items": list(items)})
     with (folder / "log.txt").open("w") as log:
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "start_new_session": True, "env": _environment()}
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "start_new_session": True, "env": _environment()}
         with subprocess.Popen([str(python), "-m", MODULE, str(folder / "job.json")], **options) as process:
             assert process.stdout is not None
 
@@ -104,27 +107,30 @@ def _session(python: Path, items: Sequence[Item], job: Mapping[str, Any], folder
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
-            def give_up() -> None:
-                late.set()
-                end()
-
-            watch: threading.Timer | None = None
             try:
-                for line in process.stdout:
-                    if watch is not None:
-                        watch.cancel()
-                    told = json.loads(line) if line.endswith("\n") else {}
-                    if "turns_to" in told:
-                        at, watch = told["turns_to"], threading.Timer(patience, give_up)
-                        watch.start()
-                    elif told:
-                        yield told
+                torn = b""
+                while True:
+                    left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+                    if not select.select([process.stdout], [], [], left)[0]:
+                        end()
+                        late, deadline = True, math.inf  # what it has written is still read
+                        continue
+                    if not (data := os.read(process.stdout.fileno(), 1 << 16)):
+                        break
+                    *whole, torn = (torn + data).split(b"\n")
+                    for told in map(json.loads, whole):
+                        if "turns_to" not in told:
+                            yield told
+                            awaited = [item for item in awaited if item != told["id"]]
+                        elif not late:
+                            awaited, patience = told["turns_to"], PATIENCE[job["device"]] * len(told["turns_to"])
+                            deadline = time.monotonic() + patience
+                    if not awaited:
+                        deadline = math.inf
             finally:
-                if watch is not None:
-                    watch.cancel()
                 end()
-    if late.is_set():
-        raise _StuckError(at, patience)
+    if late:
+        raise _StuckError(awaited, patience)
     if process.returncode == 2:  # it refused the job, in one sentence
         raise UserError(_last((folder / "log.txt").read_text(encoding="utf-8", errors="replace")))
 

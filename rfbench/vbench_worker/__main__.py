@@ -1,4 +1,4 @@
-"""`python -m rfbench.vbench_worker JOB.json`: one JSON line per item, and one when it turns to it.
+"""`python -m rfbench.vbench_worker JOB.json`: one JSON line per item, and one when it turns to some.
 
 `--check [DIMENSION ...]`: one per dimension, exit code 1 if one cannot run.
 """
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"VBench's {answer.dimension} cannot run here: {answer.problem}; {answer.fix}")
         from rfbench.vbench_worker.work import work
 
-        for row in work(job, lambda item: write({"turns_to": item})):
+        for row in work(job, lambda ids: write({"turns_to": ids})):
             write(dataclasses.asdict(row))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
 """What the worker is asked and what it answers. Standard library only.
 
 A job is a JSON file: {"driver": "fast", "device": "cpu", "random": null, "items": [...]}; the answer to each item is one JSON line.
-Before it begins with an item, the fast driver also writes {"turns_to": ITEM'S ID}.
+Before it begins with items, it also writes {"turns_to": [THEIR IDS]}: one with the fast driver, all of a dimension with the official one.
 """
 
 from __future__ import annotations

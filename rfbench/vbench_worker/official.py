@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from rfbench.vbench_worker.video import Footage, UnreadableError
 FRAME_WEIGHTED = {"subject_consistency": -1, "background_consistency": -1, "appearance_style": 0}  # frames of a clip that count, less its length
 
 
-def score(dimension: str, items: Sequence[Item], device: torch.device) -> Iterator[tuple[Item, Result | str]]:
-    """Every item's result, or why there is none.
+def score(
+    dimension: str, items: Sequence[Item], device: torch.device, turns_to: Callable[[Sequence[str]], None] = lambda items: None
+) -> Iterator[tuple[Item, Result | str]]:
+    """Every item's result, or why there is none; `turns_to` as in `work`.
 
     vbench stops at the first clip that it cannot score: then the clips are given to it one by one, and only that one is lost.
     """
     readable, frames = [], {}
     for item in items:
+        turns_to([item.id])
         try:
             if item.begin or item.end is not None or item.at is not None:
                 raise UnreadableError("vbench's own functions score whole files, not segments; use the fast driver")
@@ -36,6 +39,7 @@ def score(dimension: str, items: Sequence[Item], device: torch.device) -> Iterat
     groups = [readable] if readable else []
     while groups:
         group = groups.pop(0)
+        turns_to([item.id for item in group])
         try:
             found = _compute(dimension, group, device)
         except Exception as error:

@@ -47,10 +47,10 @@ READERS = {
 }
 
 
-def work(job: Job, turns_to: Callable[[str], None] = lambda item: None) -> Iterator[Row]:
+def work(job: Job, turns_to: Callable[[Sequence[str]], None] = lambda items: None) -> Iterator[Row]:
     """One row per item, in the order in which they get done; a clip that fails costs its own rows only.
 
-    The fast driver calls `turns_to` with the id of each item before it waits for its clip: whoever listens knows what is to blame.
+    `turns_to` is called with the ids of those that are answered next, before their clips are waited for: whoever listens knows what is to blame.
     """
     device = torch.device(job.device)
     weights = contextlib.nullcontext() if job.random is None else _random(job.random)
@@ -58,7 +58,7 @@ def work(job: Job, turns_to: Callable[[str], None] = lambda item: None) -> Itera
         versions = {name: networks.version(name, job.driver, job.random) for name in sorted({item.dimension for item in job.items})}
         if job.driver == "official":
             for name in versions:
-                yield from _official(name, [item for item in job.items if item.dimension == name], device, versions[name])
+                yield from _official(name, [item for item in job.items if item.dimension == name], device, versions[name], turns_to)
         else:
             yield from _fast(job.items, device, versions, turns_to)
 
@@ -69,13 +69,13 @@ def _random(seed: int) -> Any:
     return random_weights(seed)
 
 
-def _official(name: str, items: Sequence[Item], device: torch.device, version: str) -> Iterator[Row]:
+def _official(name: str, items: Sequence[Item], device: torch.device, version: str, turns_to: Callable[[Sequence[str]], None]) -> Iterator[Row]:
     begun = time.perf_counter()
-    for item, result in official.score(name, items, device):
+    for item, result in official.score(name, items, device, turns_to):
         yield _row(item, version, result, (time.perf_counter() - begun) / len(items))
 
 
-def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str], turns_to: Callable[[str], None]) -> Iterator[Row]:
+def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str], turns_to: Callable[[Sequence[str]], None]) -> Iterator[Row]:
     """Clips that are wanted for the same dimensions one after another, so that a network is in memory only as long as it is needed."""
     clips = [list(group) for _, group in groupby(sorted(items, key=_clip), key=_clip)]
     clips.sort(key=lambda group: sorted({item.dimension for item in group}))
@@ -93,7 +93,7 @@ def _fast(items: Iterable[Item], device: torch.device, versions: dict[str, str],
             footage: Footage | str | None = None
             for item in sorted(group, key=lambda item: names.index(item.dimension)):
                 begun = time.perf_counter()
-                turns_to(item.id)
+                turns_to([item.id])
                 footage = ahead.pop(0).result() if footage is None else footage
                 result: Result | str
                 if isinstance(footage, str):
