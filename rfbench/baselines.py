@@ -6,18 +6,18 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from rfbench import config, strict
-from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, pixel_frames
-from rfbench.backbones.wan.float8 import asked, missing
+from rfbench.backbones.base import Backbone, accepts, latent_frames, load, open_backbone, parts_of, pixel_frames
+from rfbench.backbones.known import KNOWN
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import RANDOM
-from rfbench.weights import identity, resolve
+from rfbench.weight_files import identity, resolve
+
+if TYPE_CHECKING:
+    import torch
 
 TOLD = ("title", "weights", "license", "paper", "code", "saw", "trained_by")  # of a baseline, what no video depends on
 
@@ -44,7 +44,7 @@ class Prepared:
     @property
     def fps(self) -> int:
         """Pixel frames per second of what it makes."""
-        return self.blank.shape.fps
+        return KNOWN[self.cfg.backbone].fps if self.cfg.backbone in KNOWN else self.blank.shape.fps
 
     def inputs(self) -> dict[str, Any]:
         """What of a baseline is a declared input of a run: what its videos depend on. The rest is recorded, so that a run outlives a note."""
@@ -65,6 +65,9 @@ class Prepared:
 
     def open(self) -> Backbone:
         """The backbone with its weights, ready to sample, on the GPU if there is one."""
+        import torch
+        from torch import nn
+
         settings = _settings(self.cfg, self.reduced)
         if self.weights is None:
             backbone = open_backbone(self.cfg.backbone, **settings)
@@ -95,17 +98,25 @@ def prepare(
     baseline = config.whole_name(Baseline, baseline)
     path = config.find(Baseline, baseline)
     cfg = strict.build(Baseline, strict.load_plain(path, list(overrides), Baseline), where=baseline)
-    for what in asked(products=cfg.precision, attention=cfg.attention):
-        if (why := missing(what, device())) is not None:
-            raise UserError(f"'{baseline}' with 8-bit {what} {why}; leave that 'float8' out")
+    if "float8" in (cfg.precision, cfg.attention):
+        _refuse_float8(cfg, baseline)
     if name is None:
         called = config.name_of(baseline)
         name = cfg.trained_by.get("run", called) if called == "baseline" else called  # every training calls its result baseline.yaml
     if random_weights:
         return Prepared(name, cfg, None, reduced=reduced and accepts(cfg.backbone, "reduced"))
     weights = resolve(cfg.weights, path)
-    parts = open_backbone(cfg.backbone, **_settings(cfg)).parts()
+    parts = parts_of(cfg.backbone, **_settings(cfg))
     return Prepared(name, cfg, weights, tuple((role, identity(resolve(part, path), part)) for role, part in parts.items()))
+
+
+def _refuse_float8(cfg: Baseline, baseline: str) -> None:
+    """Refuse 8-bit floats that this device cannot compute with, which torch knows."""
+    from rfbench.backbones.wan.float8 import asked, missing
+
+    for what in asked(products=cfg.precision, attention=cfg.attention):
+        if (why := missing(what, device())) is not None:
+            raise UserError(f"'{baseline}' with 8-bit {what} {why}; leave that 'float8' out")
 
 
 def _settings(cfg: Baseline, reduced: bool = False) -> dict[str, Any]:
@@ -115,4 +126,6 @@ def _settings(cfg: Baseline, reduced: bool = False) -> dict[str, Any]:
 
 def device() -> torch.device:
     """Where clips are made and timed: the GPU that torch sees first, else the CPU."""
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

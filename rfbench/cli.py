@@ -20,6 +20,7 @@ import typer
 from rfbench import config
 from rfbench.config import Baseline, External, Study
 from rfbench.errors import UserError, did_you_mean
+from rfbench.launched import place
 from rfbench.options import (
     BaselineName,
     DryRun,
@@ -95,7 +96,7 @@ def train(
 
     how: dict[str, Any] = {"share": share, "offload": offload, "tracker": track}
     directory = verb.train(recipe, fields or [], name=name, fresh=fresh, dry_run=dry_run, **how)
-    if os.environ.get("RANK", "0") == "0":  # of the processes of a launch, one speaks
+    if place().first:  # of the processes of a launch, one speaks
         _print_path(directory, as_json)
 
 
@@ -256,8 +257,7 @@ def profile(
         part: Any = anatomy if training else climb if ladder else load
         how |= ({} if training else {"chunks": chunks or CHUNKS}) | ({"batches": load.counts(batch)} if batch is not None else {})
         directory = part.profile(target, fields, **how)
-        first = os.environ.get("RANK", "0") == "0"  # of the processes of a launch, one speaks
-        return print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json) if first else None
+        return print_profile({"path": _shown(directory)} | part.document(directory), part.table, as_json) if place().first else None
     directory = verb.profile(baselines, compare=compare, chunks=chunks or CHUNKS, processes=processes, **how)
     print_profile({"path": _shown(directory)} | verb.document(directory, compare), verb.table, as_json)
 

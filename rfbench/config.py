@@ -185,7 +185,7 @@ class WeightsCfg:
     bytes: int | None = None  # size, of all files together
     key: str | None = None  # entry of a nested .pt file
     strip: str = ""  # prefix that every tensor name carries, once the wrappers of FSDP, checkpointing and compiling are off
-    sha256: str | None = None  # of the file; of several files, of their names and hashes (`weights.sha256_of`)
+    sha256: str | None = None  # of the file; of several files, of their names and hashes (`weight_files.sha256_of`)
     lora: LoraCfg | None = None
 
 

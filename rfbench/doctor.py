@@ -159,11 +159,11 @@ def _vbench() -> Iterator[Check]:
 
 
 def _baselines() -> Iterator[Check]:
-    from rfbench import external, weights
+    from rfbench import external, weight_files
 
     def found(name: str) -> str:
-        path = weights.resolve(config.load(Baseline, name).weights, config.find(Baseline, name))
-        return f"{sum(file.stat().st_size for file in weights.files_of(path)) / 2**20:.1f} MiB of weights"
+        path = weight_files.resolve(config.load(Baseline, name).weights, config.find(Baseline, name))
+        return f"{sum(file.stat().st_size for file in weight_files.files_of(path)) / 2**20:.1f} MiB of weights"
 
     def prepared(name: str) -> str:
         ready = external.prepare(name)

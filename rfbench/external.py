@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from rfbench import baselines, config, envs, hardware, processes, provenance, records, strict, timing, video
+from rfbench import baselines, config, envs, processes, provenance, records, strict, timing, video
 from rfbench.config import External
 from rfbench.errors import UserError
 from rfbench.processes import Outcome, Program
 from rfbench.records import Clip
-from rfbench.suites import Prompt, Suite, clip_id, clip_seed
-from rfbench.weights import identity, resolve
+from rfbench.suites import Item, Prompt, Suite, clip_id, clip_seed
+from rfbench.weight_files import identity, resolve
 
 RUNNERS = Path(__file__).parent / "runners"
 SHORT_S = 81 / 16  # the short class of clips, to which every system brings its own length
@@ -74,13 +74,14 @@ class Ready:
         return frames_of(self.cfg, asked, self.name)
 
     def check(self, asked: Suite) -> None:
-        """Its authors' code takes any prompt."""
+        """Its authors' code takes any prompt. torch is there from now on, so that the run's record has the GPU of this machine."""
+        baselines.device()
 
     def facts(self) -> dict[str, Any]:
         """What a run records: the environment that is there, and the protocol that is the system's own."""
         return {"environment": strict.as_plain(envs.found(self.cfg.env)), "protocol": self.cfg.protocol}
 
-    def make(self, asked: Suite, todo: Sequence[tuple[Prompt, int]], directory: Path, writer: str) -> Iterator[tuple[int, list[Clip]]]:
+    def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, list[Clip]]]:
         """One clip at a time, or none where it failed, see `make`."""
         return ((1, clips) for clips in make(self, asked, todo, directory, writer))
 
@@ -97,6 +98,8 @@ class Ready:
                 "has their logs, and the same command tries them again",
                 code=1,
             )
+        from rfbench import hardware
+
         rows = times(directory)
         return {"times": summary(rows) | {"hardware": hardware.name(baselines.device())}} if rows else {}
 
@@ -169,7 +172,7 @@ def sample(ready: Ready, prompt: str, *, seed: int, frames: int | None, out: Pat
 def make(
     ready: Ready,
     asked: Suite,
-    todo: Sequence[tuple[Prompt, int]],
+    todo: Sequence[Item],
     directory: Path,
     writer: str,
     seed_of: Callable[[int, int, int], int] = clip_seed,
@@ -184,11 +187,10 @@ def make(
     items, what = [], {}
     for prompt, sample in todo:
         name = clip_id(prompt.id, sample)
-        given = prompt.text if prompt.generate_from is None else prompt.generate_from
         seed = seed_of(asked.seed, prompt.id, sample)
-        items.append({"id": name, "prompt": given, "seed": seed, "frames": frames, "out": str(work / f".{name}.tmp.npy")})
+        items.append({"id": name, "prompt": prompt.given, "seed": seed, "frames": frames, "out": str(work / f".{name}.tmp.npy")})
         size = (frames, ready.fps, ready.cfg.height, ready.cfg.width)
-        what[name] = Clip(name, prompt.id, sample, prompt.text, given, seed, *size, f"videos/{name}.mp4", "")
+        what[name] = Clip(name, prompt.id, sample, prompt.text, prompt.given, seed, *size, f"videos/{name}.mp4", "")
     records.write_rows(directory / f"failed.{writer}.jsonl", [])
     with (
         records.appending(directory / f"failed.{writer}.jsonl") as fail,

@@ -28,7 +28,7 @@ from rich.filesize import decimal
 from rich.prompt import Confirm
 from rich.table import Table
 
-from rfbench import config, recipes, suites, weights
+from rfbench import config, recipes, suites, weight_files
 from rfbench.config import Baseline, External, Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
@@ -52,7 +52,7 @@ class Item:
     file: str
     revision: str = "main"
     bytes: int | None = None  # of all files together
-    sha256: str | None = None  # as `weights.sha256_of` gives it
+    sha256: str | None = None  # as `weight_files.sha256_of` gives it
     licence: str = "not stated"
     gated: bool = False  # its authors want to be asked first
     github: bool = False  # a repository there, at the commit `revision`; a single file with its sha256
@@ -141,13 +141,13 @@ def _is_suite(name: str) -> bool:
 
 def items_of(cfg: Baseline | External) -> list[Item]:
     """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and the parts of its backbone."""
-    from rfbench.backbones.base import open_backbone
+    from rfbench.backbones.base import parts_of
 
     own = cfg.weights
     if isinstance(cfg, External):
         return _items(cfg.license.weights, own, *cfg.parts.values())
     adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
-    parts = open_backbone(cfg.backbone, decoder=cfg.decoder).parts()
+    parts = parts_of(cfg.backbone, decoder=cfg.decoder)
     return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
 
 
@@ -221,19 +221,19 @@ def _list(item: Item, sources: Sequence[Source]) -> None:
     folder = item.path.parent
     paths = sorted(source.item.path for source in sources if source.item.repo == item.repo)
     names = [path.relative_to(folder).as_posix() for path in paths if path.is_relative_to(folder)]
-    write_json(folder / weights.WHOLE, names)
+    write_json(folder / weight_files.WHOLE, names)
 
 
 def right(root: Path, item: Item) -> list[Path]:
     """The files of an item below a directory with the layout of its repository, if all are there with the right size and hash."""
     path = root / item.file
     try:
-        files = weights.files_of(path) if item.several else [path]
+        files = weight_files.files_of(path) if item.several else [path]
     except UserError:
         return []
     if not all(file.is_file() for file in files) or item.bytes not in (None, sum(file.stat().st_size for file in files)):
         return []
-    return files if item.sha256 is None or weights.sha256_of(files) == item.sha256 else []
+    return files if item.sha256 is None or weight_files.sha256_of(files) == item.sha256 else []
 
 
 def find(item: Item, mirror: Path | None) -> list[Source]:
@@ -263,7 +263,7 @@ def _single(item: Item, root: Path, file: Path) -> Item:
 def _local(root: Path, item: Item, origin: str) -> list[Source]:
     if item.tree:
         folder = (root / item.file).parent
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != weights.WHOLE)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != weight_files.WHOLE)
         return [Source(_single(item, root, file), file.stat().st_size, origin, local=file.resolve()) for file in files]
     files = right(root, item)
     if item.several and files:
@@ -312,7 +312,7 @@ def _on_hub(item: Item) -> list[Source]:
 
 
 def _matching(item: Item, told: list[Told]) -> list[Told]:
-    """The files of a repository that `weights.files_of` would take for a pattern or a folder; before them their index, which says what is missing."""
+    """The files of a repository that `files_of` would take for a pattern or a folder; before them their index, which says what is missing."""
     asked = PurePosixPath(item.file)
     if item.tree:
         return [entry for entry in told if PurePosixPath(entry[0]).is_relative_to(asked.parent)]

@@ -66,7 +66,7 @@ def import_videos(folder: Path, baseline: str, suite: str, *, limit: int | None 
                     file = f"videos/{clip}.mp4"
                     with records.atomic(directory / file) as temporary:
                         shutil.copyfile(found[clip], temporary)
-                    given = prompt.generate_from or prompt.text  # what the suite asks models to be given
+                    given = prompt.given  # what the suite asks models to be given
                     video = frames, round(rate), height, width, file, hashes[clip]
                     rows.append(Clip(clip, prompt.id, sample, prompt.text, given, UNKNOWN, *video))
                     rates.add(str(rate))

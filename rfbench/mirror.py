@@ -202,9 +202,10 @@ class _Copy:
         Raises:
             UserError: it worked on another run.
         """
+        other = records.from_fields(Run, json.loads(text), where=f"{self.store.url}, {writer}")
         if not (self.directory / RUN).exists():
             records.write_text(self.directory / RUN, text)
-        run, other = records.read_run(self.directory), records.from_fields(Run, json.loads(text), where=f"{self.store.url}, {writer}")
+        run = records.read_run(self.directory)
         if run.fingerprint != other.fingerprint:
             raise UserError(f"{self.store.url} has shard {writer} of a run with other inputs; add --fresh to replace all of it")
         kinds = ("code", "packages", "machine")
@@ -307,7 +308,7 @@ def _is_below(path: str) -> bool:
 
 
 def _parsed(content: bytes, where: str) -> Manifest:
-    """A manifest, whose files lie in the run.
+    """A manifest, whose files lie in the run, and whose run is one as far as JSON goes.
 
     Raises:
         UserError: it is not one (code 1).
@@ -315,9 +316,10 @@ def _parsed(content: bytes, where: str) -> Manifest:
     try:
         found = Manifest(**json.loads(content))
         right = all(_is_below(path) and re.fullmatch(r"[0-9a-f]{64}", sha256) for path, sha256 in found.files.items())
-    except (ValueError, TypeError, AttributeError):
+        right = right and (found.run is None or isinstance(json.loads(found.run), dict))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         right = False
-    if not right or not isinstance(found.run, str | None):
+    if not right:
         raise UserError(f"{where} is damaged; restore it, or start over with --fresh", code=1)
     return found
 

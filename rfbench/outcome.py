@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rfbench import config, records, strict
-from rfbench.backbones.base import open_backbone
+from rfbench.backbones.base import parts_of
 from rfbench.config import Recipe, WeightsCfg
 from rfbench.reward import origin_of
 from rfbench.weights import save
@@ -25,7 +25,7 @@ WEIGHTS, ORIGINAL, BASELINE = "weights.safetensors", "model.pt", "baseline.yaml"
 
 def files(cfg: Recipe) -> tuple[str, ...]:
     """What a recipe ends with."""
-    return (WEIGHTS, ORIGINAL, BASELINE) if open_backbone(cfg.backbone).parts() else (WEIGHTS, BASELINE)
+    return (WEIGHTS, ORIGINAL, BASELINE) if parts_of(cfg.backbone) else (WEIGHTS, BASELINE)
 
 
 def write(directory: Path, cfg: Recipe, own: Mapping[str, Tensor], average: Mapping[str, Tensor] | None, about: Mapping[str, Any]) -> None:

@@ -32,7 +32,8 @@ from rfbench.progress import Progress, say
 from rfbench.sampler import timesteps
 from rfbench.settings import settings
 from rfbench.suites import shard as shard_of
-from rfbench.weights import identity, save
+from rfbench.weight_files import identity
+from rfbench.weights import save
 
 PART = 16  # trajectories of a file, and of a batch of the teacher
 

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from rfbench.backbones.wan.dit import WanDiT
 from rfbench.baselines import device
 from rfbench.errors import UserError
+from rfbench.launched import place
 
 PATIENCE = timedelta(hours=2)  # with which ranks wait for each other: one of them may be hashing files or rendering samples
 UNREAD = {  # what `accelerate launch` or its configuration file may ask for and nobody here would do -> what stands for not asking
@@ -214,23 +215,23 @@ def joined(*, share: int | None = None, offload: bool = False) -> Iterator[Ranks
             f"accelerate's {', '.join(unread).lower()} is set, which training does not follow; leave it out of `accelerate launch` and its "
             "configuration file: the recipe says the precision, and --share how networks are split"
         )
-    launched = "RANK" in os.environ
-    if not launched and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+    here = place()
+    if not here.launched and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys():
         raise UserError(
             "`accelerate launch --cpu` starts one process whatever --num_processes says; give --multi_gpu in its place, with or without GPUs"
         )
-    size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    size = here.size
     if size == 1 and not offload:
         if share not in (None, 1):
             raise UserError(f"--share {share} needs as many processes; start them with `torchrun` or `accelerate launch`")
         yield Ranks()
         return
-    share = share or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    share = share or here.local_size
     if size % share:
         raise UserError(f"{size} processes do not split into groups of {share}; give a --share that divides them")
-    store, rank = _rendezvous(launched)
+    store, rank = _rendezvous(here.launched)
     if device().type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(here.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("ranks", store), rank=rank, world_size=size, timeout=PATIENCE)
     mesh = init_device_mesh(device().type, (size // share, share), mesh_dim_names=("copies", "share"))

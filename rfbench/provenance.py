@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import importlib.metadata
 import json
@@ -166,13 +167,14 @@ class RunHandle:
 
 @contextlib.contextmanager
 def session(
-    directory: Path, verb: str, name: str, inputs: Mapping[str, Any], *, fresh: bool = False, writer: str | None = None
+    directory: Path, verb: str, name: str, inputs: Mapping[str, Any], *, fresh: bool = False, writer: str | None = None, begin: bool = True
 ) -> Iterator[RunHandle]:
     """Create or continue a run directory; in the block this process may write into it.
 
     `inputs` are what was asked for and make the fingerprint. `writer` names one of several processes that share the
     directory (a shard); each writer works in files of its own. A run that is done stays as it is unless the verb calls
-    `reopen`. The end of the block marks the run done, an exception marks it failed with one line, and Ctrl-C leaves it
+    `reopen`. Without `begin` it is for the verb to call that, once it has found something to do and torch is there to be
+    described. The end of the block marks the run done, an exception marks it failed with one line, and Ctrl-C leaves it
     `running`: in each case the same command goes on from what is there.
 
     Raises:
@@ -186,8 +188,8 @@ def session(
         _remove(directory)
         mirror.forget(directory)
     with _writing(directory, writer):
-        handle = _open(directory, Run(verb, name, plain, fingerprint(plain), recorded=environment(), started=now()))
-        if not handle.done:
+        handle = _open(directory, Run(verb, name, plain, fingerprint(plain), recorded={}, started=now()))
+        if begin and not handle.done:
             handle.begin()
         try:
             yield handle
@@ -210,6 +212,7 @@ def _open(directory: Path, wanted: Run) -> RunHandle:
         if not (directory / "run.json").exists():
             if not _blank(directory):
                 raise UserError(f"{directory} holds files but no run.json, so it is not a run; choose another --name or remove it yourself")
+            wanted = dataclasses.replace(wanted, recorded=environment())
             write_run(directory, wanted)
             return RunHandle(directory, wanted, resumed=False)
         run = read_run(directory)
@@ -292,11 +295,11 @@ def alone(directory: Path) -> Iterator[None]:
 
 def _sweep(directory: Path) -> None:
     """Remove what writers that were killed had not finished."""
-    for path in list(directory.rglob(".*.tmp*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for folder, folders, files in os.walk(directory):
+        for name in fnmatch.filter(folders, ".*.tmp*"):
+            shutil.rmtree(Path(folder, name))
+        for name in fnmatch.filter(files, ".*.tmp*"):
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def _remove(directory: Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import strict
-from rfbench.backbones.base import open_backbone
+from rfbench.backbones.base import parts_of
 from rfbench.config import Recipe, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.methods.base import METHODS
 from rfbench.registry import pick
 from rfbench.reward import origin_of
 from rfbench.settings import settings
-from rfbench.weights import identity, resolve
+from rfbench.weight_files import identity, resolve
 
 
 def _needs(cfg: Recipe) -> set[str]:
@@ -113,7 +113,7 @@ def files(cfg: Recipe) -> dict[str, WeightsCfg]:
     """Everything that a recipe reads: checkpoints, prompts, and the parts that its backbone has beside a checkpoint."""
     read = {"prompts": cfg.data.prompts, "latents": cfg.data.latents}
     named = {role: WeightsCfg(one.file, one.repo, one.revision, sha256=one.sha256) for role, one in read.items() if one is not None}
-    return roles(cfg) | named | open_backbone(cfg.backbone).parts()
+    return roles(cfg) | named | parts_of(cfg.backbone)
 
 
 def locate(cfg: Recipe, path: Path) -> dict[str, Path]:

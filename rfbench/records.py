@@ -22,9 +22,8 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -35,6 +34,7 @@ SCHEMA = 1
 RUNNING, DONE, FAILED = "running", "done", "failed"
 IMPORTED = "imported"  # stands for the sha256 of weights of videos that were made elsewhere
 RANDOM = "random"  # stands for the sha256 of weights that were drawn and not loaded
+BLOCK = 2**18  # bytes that are read at a time
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,6 @@ class Clip:
     file: str  # relative to the run directory
     sha256: str
 
-    def __post_init__(self) -> None:
-        for text in ("prompt", "generated_from"):  # long, and the same for all samples: kept once
-            object.__setattr__(self, text, sys.intern(getattr(self, text)))
-
 
 @dataclass(frozen=True)
 class Score:
@@ -107,7 +103,7 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes, in blocks: `hashlib.file_digest` zeroes a large buffer first, which doubles the time of a small video."""
     found = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(2**18):
+        while block := file.read(BLOCK):
             found.update(block)
     return found.hexdigest()
 
@@ -142,6 +138,17 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path) -> str | None:
+    """Why no file can be written at a path; None if one can. Nothing is left there, and no folder made."""
+    if path.is_dir():
+        return "it is a directory"
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
+            return None
+    except OSError as error:
+        return f"no file can be written there ({os.strerror(error.errno or 0).lower()})"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -192,71 +199,19 @@ def from_fields(kind: Callable[..., Row], value: Any, *, where: str) -> Row:
     try:
         return kind(**value)
     except TypeError as error:
-        raise UserError(f"{where}: not a {getattr(kind, '__name__', kind)} of schema {SCHEMA} ({error})") from None
+        raise _other(kind, where, error) from None
 
 
-def read_rows(path: Path, kind: Callable[..., Row]) -> list[Row]:
-    """All complete rows of a .jsonl file, in order; [] when there is no file. A torn last line is left out.
+def _other(kind: Callable[..., Any], where: str, error: TypeError) -> UserError:
+    return UserError(f"{where}: not a {getattr(kind, '__name__', kind)} of schema {SCHEMA} ({error})")
+
+
+def each_row(path: Path, kind: Callable[..., Row]) -> Iterator[Row]:
+    """The complete rows of a .jsonl file, one after another; none when there is no file. A torn last line is left out.
 
     Raises:
         UserError: a line that is not the last is broken, i.e. the file was edited or damaged.
     """
-    return [from_fields(kind, value, where=f"{path} line {number}") for number, value in _lines(path)]
-
-
-def read_clips(directory: Path) -> list[Clip]:
-    """The clips of a generate run by prompt and sample, whoever wrote their rows: the one place where shards come together.
-
-    Raises:
-        UserError: a damaged file, or two rows that say different things of one clip.
-    """
-    found: dict[str, Clip] = {}
-    for path in clip_files(directory):
-        for clip in read_rows(path, Clip):
-            if (first := found.setdefault(clip.id, clip)) is not clip and first != clip:
-                raise UserError(f"{directory} has two different rows for clip {clip.id}; run `rfbench generate` for it again, without --shard")
-    return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
-
-
-def intact(directory: Path, clips: Sequence[Clip]) -> list[Clip]:
-    """The clips whose video is the one that their row tells of.
-
-    A video is read once; after that its size and times tell, which `<run>/.seen.json` remembers. Two who write that at once may
-    forget each other's entries, which costs time and no truth; scorers read every byte that they judge.
-    """
-    store = directory / ".seen.json"
-    try:
-        known = json.loads(store.read_bytes())
-    except (OSError, ValueError):
-        known = {}
-    found, seen = list[Clip](), dict[str, str]()
-    for clip in clips:
-        try:
-            about = os.stat(f"{directory}/{clip.file}")
-            mark = f"{clip.sha256} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-            if known.get(clip.file) != mark and sha256_of(directory / clip.file) != clip.sha256:
-                continue
-        except OSError:
-            continue
-        found.append(clip)
-        seen[clip.file] = mark
-    if any(known.get(file) != mark for file, mark in seen.items()):
-        with contextlib.suppress(UserError):
-            write_text(store, canonical(known | seen))
-    return found
-
-
-def clips_sha256(clips: Iterable[Clip]) -> str:
-    """Identity of a set of videos: which bytes under which clip id."""
-    return hashlib.sha256(canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
-
-
-def clip_files(directory: Path) -> list[Path]:
-    """The files that hold clip rows: that of a lone writer and those of shards."""
-    return sorted(directory.glob("clips*.jsonl"))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.exists():
         return
     decode = json.JSONDecoder().raw_decode  # a third of the time of json.loads, which looks for encodings and spaces first
@@ -269,9 +224,80 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 value, end = decode(text)
                 if text[end:] != "\n":
                     value = json.loads(text)
-                yield number, value
             except ValueError:
                 raise UserError(f"{path} line {number} is damaged; delete the file and run the command that wrote it again") from None
+            try:
+                row = kind(**value)
+            except TypeError as error:
+                raise _other(kind, f"{path} line {number}", error) from None
+            yield row
+
+
+def read_rows(path: Path, kind: Callable[..., Row]) -> list[Row]:
+    """All of `each_row`."""
+    return list(each_row(path, kind))
+
+
+def read_clips(directory: Path) -> list[Clip]:
+    """The clips of a generate run by prompt and sample, whoever wrote their rows: the one place where shards come together.
+
+    Raises:
+        UserError: a damaged file, or two rows that say different things of one clip.
+    """
+    found: dict[str, Clip] = {}
+    for path in clip_files(directory):
+        for clip in each_row(path, Clip):
+            if (first := found.setdefault(clip.id, clip)) is not clip and first != clip:
+                raise UserError(f"{directory} has two different rows for clip {clip.id}; run `rfbench generate` for it again, without --shard")
+    return sorted(found.values(), key=lambda clip: (clip.prompt_id, clip.sample))
+
+
+@contextlib.contextmanager
+def checking(directory: Path) -> Iterator[Callable[[Clip], bool]]:
+    """A function that tells whether a clip's video is the one that its row tells of.
+
+    A video is read once; after that its size and times tell, which `<run>/.seen.json` remembers. Two who write that at once may
+    forget each other's entries, which costs time and no truth; scorers read every byte that they judge.
+    """
+    store, root = directory / ".seen.json", str(directory)
+    try:
+        known = json.loads(store.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    new: dict[str, str] = {}
+
+    def is_whole(clip: Clip) -> bool:
+        try:
+            about = os.stat(f"{root}/{clip.file}")
+            mark = f"{clip.sha256} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+            if known.get(clip.file) != mark:
+                if sha256_of(directory / clip.file) != clip.sha256:
+                    return False
+                new[clip.file] = mark
+        except OSError:
+            return False
+        return True
+
+    yield is_whole
+    if new:
+        with contextlib.suppress(UserError):
+            write_text(store, canonical(known | new))
+
+
+def intact(directory: Path, clips: Iterable[Clip]) -> list[Clip]:
+    """The clips whose video is the one that their row tells of, see `checking`."""
+    with checking(directory) as is_whole:
+        return [clip for clip in clips if is_whole(clip)]
+
+
+def clips_sha256(clips: Iterable[Clip]) -> str:
+    """Identity of a set of videos: which bytes under which clip id."""
+    return hashlib.sha256(canonical([[clip.id, clip.sha256] for clip in clips]).encode()).hexdigest()
+
+
+def clip_files(directory: Path) -> list[Path]:
+    """The files that hold clip rows: that of a lone writer and those of shards."""
+    return sorted(directory.glob("clips*.jsonl"))
 
 
 @contextlib.contextmanager
@@ -282,9 +308,9 @@ def appending(path: Path) -> Iterator[Callable[[Any], None]]:
         file = path.open("ab+")
 
     def append(row: Any) -> None:
-        plain = dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
+        line = _line(row).encode()
         with _writable(path):
-            file.write(canonical(plain).encode() + b"\n")
+            file.write(line)
             file.flush()
 
     try:
@@ -308,14 +334,29 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 def _cut_torn_tail(file: IO[bytes]) -> None:
-    file.seek(0)
-    content = file.read()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        file.truncate(whole)
+    end = size = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - BLOCK)
+        file.seek(begin)
+        if (last := file.read(end - begin).rfind(b"\n")) >= 0:
+            end = begin + last + 1
+            break
+        end = begin
+    if end < size:
+        file.truncate(end)
     file.seek(0, os.SEEK_END)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Replace a .jsonl file as a whole."""
-    write_text(path, "".join(canonical(dataclasses.asdict(row)) + "\n" for row in rows))
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
+
+
+def _line(row: Any) -> str:
+    """A dataclass or a mapping as a line of a .jsonl file."""
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields) + "\n"
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    return {item.name: getattr(row, item.name) for item in dataclasses.fields(row)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rfbench import config, envs, external, profiling, published, recipes, strict, suites
-from rfbench.backbones.base import open_backbone, pixel_frames
+from rfbench.backbones.base import parts_of, pixel_frames
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, Contender, External, License, Recipe, Study, WeightsCfg
 from rfbench.errors import UserError, did_you_mean
@@ -25,7 +25,7 @@ from rfbench.report import claims
 from rfbench.scorers.base import SCORERS
 from rfbench.settings import settings
 from rfbench.suites import Suite
-from rfbench.weights import RUN, resolve
+from rfbench.weight_files import RUN, resolve
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _files(plan: Plan) -> Iterator[tuple[WeightsCfg, Path]]:
             named += [(one, path) for one in (member.cfg.weights, *member.cfg.parts.values())]
         elif member.training is None:
             path = config.find(Baseline, member.baseline)
-            named += [(one, path) for one in (member.cfg.weights, *open_backbone(member.cfg.backbone, decoder=member.cfg.decoder).parts().values())]
+            named += [(one, path) for one in (member.cfg.weights, *parts_of(member.cfg.backbone, decoder=member.cfg.decoder).values())]
     yield from {(one, one.repo or path): (one, path) for one, path in named}.values()
 
 

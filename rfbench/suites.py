@@ -63,6 +63,15 @@ class Prompt:
     samples: int | None = None  # clips of this prompt, if not as many as of the others
     dimensions: tuple[str, ...] = ()  # of VBench that it is for
 
+    @property
+    def given(self) -> str:
+        """What a model is given."""
+        return self.text if self.generate_from is None else self.generate_from
+
+
+Item = tuple[Prompt, int]  # a clip to make: its prompt and which sample of it
+Thing = TypeVar("Thing")
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -80,7 +89,7 @@ class Suite:
         return 1 + -(-(self.frames - 1) * fps // self.fps)
 
     @property
-    def items(self) -> list[tuple[Prompt, int]]:
+    def items(self) -> list[Item]:
         """Every clip: its prompt and which sample of it."""
         return [(prompt, sample) for prompt in self.prompts for sample in range(prompt.samples or self.samples)]
 
@@ -96,8 +105,6 @@ SUITES = {
     ),
     "moviegen-60s": SuiteFile(MOVIEGEN, "moviegen-self-forcing", frames=957, first=128, title="MovieGen's first 128 prompts, rewritten, 60 s"),
 }
-
-Item = TypeVar("Item")
 
 
 def load_suite(name_or_path: str, limit: int | None = None) -> Suite:
@@ -222,7 +229,7 @@ def clip_seed(suite_seed: int, prompt_id: int, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def shard(items: Sequence[Item], part: str) -> list[Item]:
+def shard(items: Sequence[Thing], part: str) -> list[Thing]:
     """Every N-th item from the I-th on, for `part` "I/N" with I from 1 to N: the shards are disjoint and cover all.
 
     Raises:

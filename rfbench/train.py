@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rfbench.checkpointing import checkpointed
 from rfbench.config import Precision, PrecisionCfg, Recipe, SamplesCfg, WeightsCfg
 from rfbench.data import ClipDraws, ClipStore, Prompts, draw_clips, draw_prompts, prompts_of
 from rfbench.errors import UserError
+from rfbench.launched import place
 from rfbench.logbook import Row, summary
 from rfbench.methods.base import METHODS, Batch, Draws, Method
 from rfbench.parallel import ALONE, Ranks, finite, full, whole
@@ -67,7 +67,7 @@ def train(
     Raises:
         UserError: the recipe is wrong, its weights are missing, the directory holds another run, or training broke down (code 1).
     """
-    planned = share or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    planned = share or place().local_size
     with contextlib.nullcontext(ALONE) if dry_run else parallel.joined(share=share, offload=offload) as ranks:
         recipe = config.whole_name(Recipe, recipe)
         path = config.find(Recipe, recipe)

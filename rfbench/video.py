@@ -9,15 +9,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from rfbench.errors import UserError, did_you_mean
-from rfbench.hardware import kernels, shortcuts
 from rfbench.records import atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Frames = npt.NDArray[np.uint8]
 Write = Callable[[Frames], None]
@@ -27,6 +28,8 @@ CRF = 10  # near lossless: the codec must not hide what a model does
 
 def as_uint8(pixel_BTCHW: Tensor) -> Tensor:
     """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device; on the host where `bytes` is switched off."""
+    from rfbench.hardware import kernels, shortcuts
+
     if shortcuts().bytes is False:
         pixel_BTCHW = pixel_BTCHW.float().cpu()
     if (triton := kernels(pixel_BTCHW.device)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from rfbench import baselines, config, strict
-from rfbench.backbones.base import open_backbone, pixel_frames
+from rfbench.backbones.base import BACKBONES, accepts, open_backbone, parts_of, pixel_frames
+from rfbench.backbones.known import KNOWN
 from rfbench.config import Baseline, CacheCfg, LoraCfg, WeightsCfg
 from rfbench.errors import UserError
+from rfbench.registry import pick
 from rfbench.sampler import timesteps
 
 WAN = {name: config.load(Baseline, name) for name in config.names_of(Baseline) if name.startswith("wan/")}
@@ -87,6 +90,23 @@ def test_longlive_2_is_run_as_its_configuration_says() -> None:
     shape = open_backbone(found.backbone).shape
     assert (shape.channels, shape.height, shape.width, shape.fps) == (48, 44, 80, 24)
     assert baselines.prepare("longlive-2.0-5b", random_weights=True).latents(509, "a clip of 21 s") == 128 <= (found.max_latents or 0)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_is_known_of_a_backbone_is_what_it_says_of_itself_once_built(name: str) -> None:
+    known, code = KNOWN[name], pick(BACKBONES, name, what="backbone")
+    assert set(known.settings) == set(inspect.signature(code).parameters)
+    for decoder in (None, *(("vae", "tiny") if "decoder" in known.settings else ())):
+        built = open_backbone(name, decoder=decoder)
+        assert (known.fps, known.parts(decoder)) == (built.shape.fps, built.parts())
+        assert parts_of(name, decoder=decoder) == built.parts()
+
+
+def test_a_backbone_of_which_nothing_is_known_is_built_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "mine", BACKBONES["wan2.2-5b"])
+    assert parts_of("mine") == KNOWN["wan2.2-5b"].parts(None) and not accepts("mine", "decoder")
+    with pytest.raises(UserError, match="backbone 'mine' does not use 'decoder'"):
+        parts_of("mine", decoder="tiny")
 
 
 def differences(left: Any, right: Any, at: str = "") -> dict[str, tuple[Any, Any]]:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rfbench import cli, config, fetch, weights
+from rfbench import cli, config, fetch, weight_files, weights
 from rfbench.config import Baseline, CacheCfg, License, LoraCfg, SamplerCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.fetch import Item
@@ -46,7 +46,7 @@ def store(folders: Path) -> Path:
 
 def left_over(folders: Path) -> list[str]:
     """Names of all files in the weights directory, but of the list of known hashes."""
-    return sorted(path.name for path in (folders / "weights").rglob("*") if path.is_file() and path.name != weights.HASHES)
+    return sorted(path.name for path in (folders / "weights").rglob("*") if path.is_file() and path.name != weight_files.HASHES)
 
 
 @dataclass
@@ -375,14 +375,14 @@ def test_several_files_come_as_a_pattern_or_a_folder(folders: Path, hub: Hub, tm
     content = shards(tmp_path / "mirror" / REPO / inner)
     hub.files = {f"{inner}/{name}": value for name, value in content.items()} | {"model-1.safetensors": b"", f"{inner}/deep/x.safetensors": b""}
     files = [tmp_path / "mirror" / REPO / inner / name for name in sorted(content) if name.startswith("model-")]
-    wanted = item(file, bytes=sum(path.stat().st_size for path in files), sha256=weights.sha256_of(files))
+    wanted = item(file, bytes=sum(path.stat().st_size for path in files), sha256=weight_files.sha256_of(files))
     for _ in range(2):
         fetch.fetch([wanted], mirror=tmp_path / "mirror" if source == "mirror" else None, yes=True)
         assert left_over(folders) == sorted(set(content) - {"README.md"})
         assert all((store(folders) / inner / name).read_bytes() == content[name] for name in left_over(folders))
     assert len(hub.served) == (3 if source == "hub" else 0)
     cfg = WeightsCfg(file, REPO, COMMIT, wanted.bytes, sha256=wanted.sha256)
-    assert weights.read_tensors(weights.resolve(cfg, tmp_path / "x.yaml"), cfg).keys() == {"t0", "t1"}
+    assert weights.read_tensors(weight_files.resolve(cfg, tmp_path / "x.yaml"), cfg).keys() == {"t0", "t1"}
     if source == "hub":  # a file of several is lost, and only that one comes again
         (store(folders) / inner / files[0].name).unlink()
         fetch.fetch([wanted], yes=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 
-from rfbench import attention, baselines, generate, records, sampler, suites, video
+from rfbench import attention, baselines, evaluate, filming, generate, records, sampler, suites, video
 from rfbench.errors import UserError
 from rfbench.scorers.base import read_video
 from rfbench.settings import settings
@@ -128,13 +132,13 @@ def test_what_is_missing_or_broken_is_made_again_and_the_rest_is_left_alone(stud
     directory = generate.generate(student, suite)
     wanted, run = bytes_of(directory), (directory / "run.json").read_bytes()
     made: list[str] = []
-    film = generate._film
+    film = filming.film
 
     def counting(*arguments: Any) -> None:
         made.extend(path.stem for path in arguments[-1])
         film(*arguments)
 
-    monkeypatch.setattr(generate, "_film", counting)
+    monkeypatch.setattr(filming, "film", counting)
     generate.generate(student, suite)
     assert made == []
     assert (directory / "run.json").read_bytes() == run
@@ -254,6 +258,53 @@ def test_ranks_that_were_launched_together_are_shards(student, suite, monkeypatc
     assert records.read_clips(directory) == records.read_clips(alone)
     with pytest.raises(UserError, match="--shard 1/2: this is one of 3 processes"):
         generate.generate(student, suite, name="launched", shard="1/2")
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from rfbench.cli import main; main(sys.argv[1:])"  # whoever imports it fails
+
+
+def test_a_run_that_is_whole_is_found_to_be_so_without_torch(student, suite, folders):
+    """A run's whole command; what has to be made or was altered is still found."""
+    directory = generate.generate(student, suite)
+    evaluate.evaluate(directory, ["motion"])
+
+    def told(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folders)
+        return done.returncode, done.stderr
+
+    asked, name = ("generate", student, "--suite", suite), "student/short"
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert told(*asked) == (0, "")
+    assert told(*asked, "--dry-run") == (0, "8 clips of 31 frames, 8 rows are there\n")
+    assert told("eval", name, "-s", "motion") == (0, "")
+    for what in ("baselines", "suites", "studies"):
+        assert told("list", what)[0] == 0
+    assert before == {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    records.write_run(directory, dataclasses.replace(records.read_run(directory), status=records.RUNNING, result={}))
+    assert told(*asked)[0] == 0 and records.read_run(directory).status == records.DONE, "nothing was left but to say so"
+    assert records.read_run(directory).result == {"clips": 8}
+
+    code, error = told(*asked, "sampler.shift=3")
+    assert code == 2 and "holds a run with other inputs (baseline.sampler.shift: 5.0 -> 3.0)" in error
+    Path(student).with_suffix(".safetensors").write_bytes(b"other weights")
+    code, error = told(*asked)
+    assert code == 2 and "weights_sha256" in error
+    save_file(models.weights(), Path(student).with_suffix(".safetensors"))
+    assert told(*asked) == (0, "")
+    (directory / "videos" / "0001-0.mp4").write_bytes(b"another video")
+    assert "import of torch halted" in told(*asked)[1], "there is something to make"
+
+
+def test_who_goes_on_is_written_down_with_the_machine_as_torch_sees_it(student, suite):
+    """A part is made here; the rest by processes that have not imported torch when they find the run."""
+    directory = generate.generate(student, suite, shard="1/2")
+    code = f"from rfbench.generate import generate; generate({student!r}, {suite!r}, shard='2/2')"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run = records.read_run(directory)
+    assert run.status == records.DONE and "continued_on" not in run.recorded, "it is the same machine"
+    assert run.recorded["machine"]["threads"] == 1
 
 
 def test_a_trained_baseline_is_called_after_its_training(tmp_path):

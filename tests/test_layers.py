@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "registry", "records"},
     {
         *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
-        *("vbench", "published", "envs", "processes", "store", "mirror"),
+        *("vbench", "published", "envs", "processes", "store", "mirror", "weight_files", "launched"),
     },
     {"attention", "kernels", "transfer", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "fleet", "phases"},
     {
@@ -35,7 +35,7 @@ LAYERS = [
         "parallel",
         "vbench_worker",
     },
-    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "reward"},
+    {"methods", "scorers", "timing", "external", "length", "recipes", "updates", "resume", "outcome", "reward", "filming"},
     {"pairs", "stopwatch", "rungs", "ladder", "load", "logbook", "memory"},
     {
         "fetch",

@@ -17,7 +17,8 @@ from rfbench.backbones.wan.dit import WanDiT
 from rfbench.config import LoraCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.records import sha256_of
-from rfbench.weights import identity, load_into, merge, read_tensors, resolve
+from rfbench.weight_files import identity, resolve
+from rfbench.weights import load_into, merge, read_tensors
 from tests.test_dit import KEYS
 from tests.tiny import CFG, Tiny, distance, normal
 

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from rfbench import evaluate, generate, mirror, provenance, records, store
+from rfbench import evaluate, filming, generate, mirror, provenance, records, store
 from rfbench.errors import UserError
 from tests import models
 from tests.test_cli import call
@@ -50,7 +50,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a clip is made that the mirror has")
 
-    return lambda: monkeypatch.setattr(generate, "_film", refuse)
+    return lambda: monkeypatch.setattr(filming, "film", refuse)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_shards_of_several_machines_meet_in_it(machine, url, asked, idle, capsys
 def test_whoever_is_killed_leaves_what_was_there_before(machine, tmp_path, folders, asked, monkeypatch):
     """SIGKILL before and after each step of every transfer, while the files are sent as they appear; then a machine that has nothing."""
     monkeypatch.setattr(mirror, "EVERY_S", 0.05)
-    monkeypatch.setattr(generate, "_batches", lambda backbone, cfg, latents, todo: [[item] for item in todo])
+    monkeypatch.setattr(filming, "batches", lambda backbone, cfg, latents, todo: [[item] for item in todo])
     machine("alone", None)
     wanted = bytes_of(generate.generate(*asked))
     url = f"file://{tmp_path}/store"
@@ -333,13 +333,20 @@ def test_what_a_store_says_stays_in_the_run(machine, tmp_path, path):
     assert not list(tmp_path.rglob("outside.bin"))
 
 
-@pytest.mark.parametrize("text", ["[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": "../../x"}}', '{"files": {}, "run": 1}', "\xff"])
-def test_a_manifest_that_is_none_is_refused(machine, tmp_path, text):
+MANIFESTS = (
+    *("[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": "../../x"}}', '{"files": {}, "run": 1}', "\xff"),
+    *('{"files": {}, "run": "{"}', '{"files": {}, "run": "[]"}', '{"files": {}, "run": "' + "[" * 10**5 + '"}'),
+)
+
+
+@pytest.mark.parametrize("writer", ["alone", "1of2"])
+@pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
+def test_a_manifest_that_is_none_is_refused(machine, tmp_path, text, writer):
     directory = machine("runs", f"file://{tmp_path}/store") / "x"
     directory.mkdir(parents=True)
     (tmp_path / "store" / "x").mkdir(parents=True)
-    (tmp_path / "store" / "x" / "manifest.alone.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"manifest\.alone\.json") as raised, mirror.following(directory, None):
+    (tmp_path / "store" / "x" / f"manifest.{writer}.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"manifest\.{writer}\.json is damaged") as raised, mirror.following(directory, None):
         pass
     assert raised.value.code == 1
 

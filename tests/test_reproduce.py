@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rfbench import config, generate, records, reproduce, stopwatch, studies, train
+from rfbench import config, filming, records, reproduce, stopwatch, studies, train
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.report import evidence
@@ -175,7 +175,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(owner, name, wrapper)
 
     note(train.Trainer, "advance", "step")
-    note(generate, "_film", "film")
+    note(filming, "film", "film")
     note(stopwatch.Worker, "turn", "turn")
     return noted
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rfbench import baselines
 from rfbench import generate as verb
+from rfbench.backbones import known
 from rfbench.backbones.base import load, open_backbone
 from rfbench.backbones.wan import backbone as wan
 from rfbench.backbones.wan.dit import WanDiT
@@ -61,15 +62,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> wan.WanBackbone:
     (tmp_path / "rfbench.toml").write_text('[paths]\nweights = "weights"\nruns = "runs"\nreports = "reports"\n')
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
     monkeypatch.setattr(wan, "wan_1_3b", functools.partial(wan.WanBackbone, wan.REDUCED))
-    for name in ("TEXT", "TOKENIZER", "VAE"):
-        monkeypatch.setattr(wan, name, replace(getattr(wan, name), bytes=None, sha256=None))
+    unchecked = {role: replace(file, bytes=None, sha256=None) for role, file in known.WAN21.items()}
+    monkeypatch.setitem(known.KNOWN, "wan2.1-1.3b", replace(known.KNOWN["wan2.1-1.3b"], files=unchecked))
+    for role, file in unchecked.items():
+        monkeypatch.setattr(wan, role.upper(), file)
     made = reduced(precision="float32")
-    folder = tmp_path / "weights" / wan.REPO
-    tokenizer(folder / wan.TOKENIZER.file)
+    folder = tmp_path / "weights" / known.REPO
+    tokenizer(folder / known.TOKENIZER.file)
     assert isinstance(made.text, wan.RandomText)
     encoder = made.text.encoder(torch.device("cpu")).state_dict()
-    torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / wan.TEXT.file)
-    torch.save(made.vae.state_dict(), folder / wan.VAE.file)
+    torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / known.TEXT.file)
+    torch.save(made.vae.state_dict(), folder / known.VAE.file)
     torch.save({"generator_ema": {f"model.{name}": tensor for name, tensor in made.denoiser.state_dict().items()}}, tmp_path / "student.pt")
     (tmp_path / "student.yaml").write_text(YAML)
     return made
@@ -103,8 +106,8 @@ def test_a_prompt_is_encoded_once_for_all_clips(files, tmp_path):
 
 @pytest.mark.parametrize("missing", ["text", "tokenizer", "vae", "student.pt"])
 def test_a_missing_file_is_named_before_anything_is_loaded(files, tmp_path, missing):
-    parts = {"text": wan.TEXT, "tokenizer": wan.TOKENIZER, "vae": wan.VAE}
-    path = tmp_path / "weights" / wan.REPO / parts[missing].file if missing in parts else tmp_path / missing
+    parts = {"text": known.TEXT, "tokenizer": known.TOKENIZER, "vae": known.VAE}
+    path = tmp_path / "weights" / known.REPO / parts[missing].file if missing in parts else tmp_path / missing
     path.unlink()
     with pytest.raises(UserError, match=path.name):
         baselines.prepare("student.yaml")

@@ -21,7 +21,7 @@ from torch import Tensor
 from rfbench.backbones.wan import text
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder, key_map, load_encoder
 from rfbench.errors import UserError
-from rfbench.weights import files_of, sha256_of
+from rfbench.weight_files import files_of, sha256_of
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UMT5Cfg(vocab=64, dim=16, head_dim=4, ffn_dim=24, heads=2, layers=2, text_len=12)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rfbench import config
 from rfbench import generate as verb
+from rfbench.backbones import known
 from rfbench.backbones.base import open_backbone
 from rfbench.backbones.wan import backbone as wan
 from rfbench.backbones.wan.text import WanText, key_map
@@ -72,10 +73,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "rfbench.toml").write_text('[paths]\nweights = "weights"\nruns = "runs"\nreports = "reports"\n')
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
     monkeypatch.setattr(wan, "wan_1_3b", functools.partial(wan.WanBackbone, replace(wan.REDUCED, height=32, width=48)))
-    for name in ("TEXT", "TOKENIZER", "VAE"):
-        monkeypatch.setattr(wan, name, replace(getattr(wan, name), bytes=None, sha256=None))
-    folder = tmp_path / "weights" / wan.REPO
-    tokenizer(folder / wan.TOKENIZER.file)
+    unchecked = {role: replace(file, bytes=None, sha256=None) for role, file in known.WAN21.items()}
+    monkeypatch.setitem(known.KNOWN, "wan2.1-1.3b", replace(known.KNOWN["wan2.1-1.3b"], files=unchecked))
+    for role, file in unchecked.items():
+        monkeypatch.setattr(wan, role.upper(), file)
+    folder = tmp_path / "weights" / known.REPO
+    tokenizer(folder / known.TOKENIZER.file)
     for seed, name in enumerate(("teacher", "student")):
         made = open_backbone("wan2.1-1.3b", precision="float32")
         made.fresh(seed)
@@ -86,8 +89,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     assert isinstance(made, wan.WanBackbone) and isinstance(made.text, wan.RandomText)
     encoder = made.text.encoder(torch.device("cpu")).state_dict()
-    torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / wan.TEXT.file)
-    torch.save(made.vae.state_dict(), folder / wan.VAE.file)
+    torch.save({ours: encoder[theirs] for ours, theirs in key_map(made.member.text.layers).items()}, folder / known.TEXT.file)
+    torch.save(made.vae.state_dict(), folder / known.VAE.file)
     (tmp_path / "prompts.txt").write_text("a red kite\na kite\nred\n")
     return tmp_path
 

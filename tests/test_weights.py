@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rfbench import records, weights
+from rfbench import records, weight_files
 from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
 from rfbench.records import sha256_of
-from rfbench.weights import Ema, identity, load_into, read_tensors, resolve, save
+from rfbench.weight_files import identity, resolve
+from rfbench.weights import Ema, load_into, read_tensors, save
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -367,18 +368,18 @@ def test_a_large_file_is_hashed_once_until_it_changes(store: Path, tmp_path: Pat
     path, other = tmp_path / "large", tmp_path / "small"
     path.write_bytes(b"a" * 100)
     other.write_bytes(b"b" * 99)
-    monkeypatch.setattr(weights, "LARGE", 100)
+    monkeypatch.setattr(weight_files, "LARGE", 100)
     for _ in range(3):
-        assert weights.sha256_of([path]) == sha256_of(path) and weights.sha256_of([other]) == sha256_of(other)
+        assert weight_files.sha256_of([path]) == sha256_of(path) and weight_files.sha256_of([other]) == sha256_of(other)
     assert read_files == [path, other, other, other]
     os.utime(path, ns=(0, 1))
-    assert weights.sha256_of([path]) == sha256_of(path) and read_files[4:] == [path]
+    assert weight_files.sha256_of([path]) == sha256_of(path) and read_files[4:] == [path]
     path.write_bytes(b"a" * 101)
     os.utime(path, ns=(0, 1))
-    assert weights.sha256_of([path]) == sha256_of(path) and read_files[5:] == [path]
+    assert weight_files.sha256_of([path]) == sha256_of(path) and read_files[5:] == [path]
     for damage in ("{", "[]", '{"x": 1}', ""):
         (store / ".sha256.json").write_text(damage)
-        assert weights.sha256_of([path]) == sha256_of(path)
+        assert weight_files.sha256_of([path]) == sha256_of(path)
     assert len(read_files) == 10 and [file.name for file in store.iterdir()] == [".sha256.json"]
 
 

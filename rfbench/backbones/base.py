@@ -9,15 +9,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
-from rfbench.backbones.wan.dit import WanDiT
+from rfbench.backbones.known import KNOWN
 from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
 from rfbench.registry import pick
-from rfbench.weights import read_tensors, resolve
+from rfbench.weight_files import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rfbench.backbones.wan.dit import WanDiT
 
 BACKBONES: dict[str, str] = {
     "toy": "rfbench.backbones.toy:ToyBackbone",
@@ -93,16 +96,33 @@ def open_backbone(name: str, **settings: Any) -> Backbone:
     Raises:
         UserError: there is no backbone of that name, or it has no such setting.
     """
+    backbone: Backbone = pick(BACKBONES, name, what="backbone")(**_asked(name, settings))
+    return backbone
+
+
+def parts_of(name: str, **settings: Any) -> dict[str, WeightsCfg]:
+    """The `parts` of a backbone, which is built only if it is not one of those that are `KNOWN`.
+
+    Raises:
+        UserError: as of `open_backbone`.
+    """
+    asked = _asked(name, settings)
+    return KNOWN[name].parts(asked.get("decoder")) if name in KNOWN else open_backbone(name, **asked).parts()
+
+
+def _asked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given; all of them are the backbone's."""
     asked = {key: value for key, value in settings.items() if value is not None}
     for key in asked:
         if not accepts(name, key):
             raise UserError(f"backbone '{name}' does not use '{key}'; leave it out")
-    backbone: Backbone = pick(BACKBONES, name, what="backbone")(**asked)
-    return backbone
+    return asked
 
 
 def accepts(name: str, setting: str) -> bool:
     """Whether a backbone has such a setting."""
+    if name in KNOWN:
+        return setting in KNOWN[name].settings
     return setting in inspect.signature(pick(BACKBONES, name, what="backbone")).parameters
 
 
@@ -112,6 +132,8 @@ def load(name: str, weights: WeightsCfg, file: Path, **settings: Any) -> Backbon
     Raises:
         UserError: there is no backbone of that name, it has no such setting, or a file is missing, corrupt or of another model.
     """
+    from rfbench.weights import read_tensors
+
     backbone = open_backbone(name, **settings)
     backbone.load(read_tensors(file, weights), file, {role: resolve(part, file) for role, part in backbone.parts().items()})
     return backbone

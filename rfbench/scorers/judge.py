@@ -30,7 +30,7 @@ from rfbench.scorers import chat
 from rfbench.scorers.base import Answer, ClipError, Metric, Pixels, each, read_video
 from rfbench.scorers.chat import Ask, Turn
 from rfbench.settings import JudgeCfg, settings
-from rfbench.weights import files_of, sha256_of
+from rfbench.weight_files import files_of, sha256_of
 
 SECONDS = 5  # from the end
 PER_SECOND = 2  # frames that are shown

@@ -17,7 +17,7 @@ from rfbench.records import Clip, Score
 from rfbench.scorers.base import Answer, ClipError, Metric, read_video
 from rfbench.videoreward import model
 from rfbench.videoreward.frames import PAIR, as_file, as_released, token_count
-from rfbench.weights import sha256_of
+from rfbench.weight_files import sha256_of
 
 TOKENS = 16384  # of video in a batch, padding included: about a dozen clips of 5 s
 

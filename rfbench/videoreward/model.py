@@ -27,7 +27,8 @@ from rfbench.records import read_json
 from rfbench.settings import settings
 from rfbench.videoreward.frames import patches, token_count
 from rfbench.videoreward.network import REST, VideoRewardCfg, VideoRewardNet, load_network
-from rfbench.weights import files_of, read_tokenizer
+from rfbench.weight_files import files_of
+from rfbench.weights import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

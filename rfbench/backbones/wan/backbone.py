@@ -1,6 +1,6 @@
 """The Wan family as backbones: one DiT, the autoencoders of Wan2.1 and Wan2.2, one text encoder, at the sizes that were published.
 
-A baseline names the DiT's weights; autoencoder, text encoder and tokenizer are the same for all of a generation and are named here (`parts`).
+A baseline names the DiT's weights; autoencoder, text encoder and tokenizer are the same for all of a generation (`parts`).
 
 Shapes: B batch, F latent frames, C channels, H and W latent rows and columns, T pixel frames, L text tokens, E text width.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import Decoder, VideoShape
+from rfbench.backbones.known import TEXT, TINY, TOKENIZER, VAE, VAE22
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.float8 import asked
 from rfbench.backbones.wan.text import UMT5_XXL, UMT5Cfg, WanText, clean, embed, empty_encoder
@@ -28,36 +29,6 @@ from rfbench.backbones.wan.vae22 import VAE22Cfg
 from rfbench.config import Streamed, WeightsCfg
 from rfbench.settings import settings
 from rfbench.weights import load_into, read_tensors
-
-REPO, REVISION = "Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a"
-TEXT = WeightsCfg(  # the same bytes lie in Wan-AI/Wan2.2-TI2V-5B, and so does the tokenizer: nobody downloads them twice
-    file="models_t5_umt5-xxl-enc-bf16.pth",
-    repo=REPO,
-    revision=REVISION,
-    bytes=11361920418,
-    sha256="7cace0da2b446bbbbc57d031ab6cf163a3d59b366da94e5afe36745b746fd81d",
-)
-TOKENIZER = WeightsCfg(
-    file="google/umt5-xxl/tokenizer.json",
-    repo=REPO,
-    revision=REVISION,
-    sha256="6e197b4d3dbd71da14b4eb255f4fa91c9c1f2068b20a2de2472967ca3d22602b",
-)
-VAE = WeightsCfg(
-    file="Wan2.1_VAE.pth",
-    repo=REPO,
-    revision=REVISION,
-    bytes=507609880,
-    sha256="38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
-)
-VAE22 = WeightsCfg(
-    file="Wan2.2_VAE.pth",
-    repo="Wan-AI/Wan2.2-TI2V-5B",
-    revision="921dbaf3f1674a56f47e83fb80a34bac8a8f203e",
-    bytes=2818839170,
-    sha256="20eb789667fa5e60e7516bf509512f6cb61f01b0aa0695eadaea930c13892b36",
-)
-TINY = WeightsCfg(file="taew2_1.pth")  # github.com/madebyollin/taehv; no hub repository of its authors, no published hash
 
 WAN_VAE = VAECfg()
 

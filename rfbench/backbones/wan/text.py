@@ -23,7 +23,8 @@ from rfbench.config import WeightsCfg
 from rfbench.errors import UserError
 from rfbench.progress import Progress, say
 from rfbench.records import atomic, canonical, fingerprint
-from rfbench.weights import FLOATS, files_of, load_into, read_tensors, read_tokenizer, sha256_of
+from rfbench.weight_files import files_of, sha256_of
+from rfbench.weights import FLOATS, load_into, read_tensors, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,7 +143,7 @@ class WanText:
     """Prompts to embeddings. What is in the cache needs neither encoder nor tokenizer loaded; the first miss loads them.
 
     `weights` is the original .pth file or a transformers directory, `tokenizer` a directory with `tokenizer.json`. `sha256` is that of the
-    weights (`weights.sha256_of`) where it is known: the cache's entries are named after it, so that a hit works without the file; on a miss it
+    weights (`weight_files.sha256_of`) where it is known: the cache's entries are named after it, so that a hit works without the file; on a miss it
     is checked.
 
     An entry is `<key>.safetensors`, `rows` [n, E] with the prompt in its header; the key is a hash of all that the embedding depends on.
