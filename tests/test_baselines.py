@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from rfbench import baselines, config, strict
 from rfbench.backbones.base import BACKBONES, accepts, open_backbone, parts_of, pixel_frames
 from rfbench.backbones.known import KNOWN
-from rfbench.config import Baseline, CacheCfg, LoraCfg, WeightsCfg
+from rfbench.config import Baseline, CacheCfg, LoraCfg, Streamed, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.registry import pick
 from rfbench.sampler import timesteps
@@ -100,6 +100,12 @@ def test_what_is_known_of_a_backbone_is_what_it_says_of_itself_once_built(name: 
         built = open_backbone(name, decoder=decoder)
         assert (known.fps, known.parts(decoder)) == (built.shape.fps, built.parts())
         assert parts_of(name, decoder=decoder) == built.parts()
+    for precision in get_args(Streamed):
+        if precision in known.precisions:
+            assert open_backbone(name, precision=precision).parts() == parts_of(name, precision=precision)
+        else:
+            with pytest.raises(UserError, match=f"does not use 'precision' {precision}"):
+                parts_of(name, precision=precision)
 
 
 def test_a_backbone_of_which_nothing_is_known_is_built_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,13 +101,15 @@ def open_backbone(name: str, **settings: Any) -> Backbone:
 
 
 def parts_of(name: str, **settings: Any) -> dict[str, WeightsCfg]:
-    """The `parts` of a backbone, which is built only if it is not one of those that are `KNOWN`.
+    """The `parts` of a backbone, which is built, and may refuse a setting, only if this is not `KNOWN`.
 
     Raises:
         UserError: as of `open_backbone`.
     """
     asked = _asked(name, settings)
-    return KNOWN[name].parts(asked.get("decoder")) if name in KNOWN else open_backbone(name, **asked).parts()
+    if name in KNOWN and asked.get("precision", KNOWN[name].precisions[0]) in KNOWN[name].precisions:
+        return KNOWN[name].parts(asked.get("decoder"))
+    return open_backbone(name, **asked).parts()
 
 
 def _asked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

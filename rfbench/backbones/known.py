@@ -1,15 +1,16 @@
 """What there is to know of a backbone before it is built, and so without torch: whether a run is done can be told by this alone.
 
-Wan's autoencoders, text encoder and tokenizer are the same for all of a generation. A backbone that is not listed here is built to be asked,
-which takes seconds; what is listed is what the built one says of itself, and a test compares them.
+Wan's autoencoders, text encoder and tokenizer are the same for all of a generation. A backbone that is not listed here, or not in this precision, is
+built to be asked, which takes seconds; what is listed is what the built one says of itself, and a test compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
-from rfbench.config import WeightsCfg
+from rfbench.config import Streamed, WeightsCfg
 
 REPO, REVISION = "Wan-AI/Wan2.1-T2V-1.3B", "37ec512624d61f7aa208f7ea8140a131f93afc9a"
 TEXT = WeightsCfg(  # the same bytes lie in Wan-AI/Wan2.2-TI2V-5B, and so does the tokenizer: nobody downloads them twice
@@ -52,6 +53,7 @@ class Known:
     fps: int
     settings: tuple[str, ...]
     files: Mapping[str, WeightsCfg] = field(default_factory=dict)
+    precisions: tuple[str, ...] = get_args(Streamed)
 
     def parts(self, decoder: str | None) -> dict[str, WeightsCfg]:
         """The files by what they are for; those of the small decoder only if it decodes."""
@@ -59,7 +61,7 @@ class Known:
 
 
 KNOWN = {
-    "toy": Known(16, ("precision", "attention", "decoder")),
+    "toy": Known(16, ("precision", "attention", "decoder"), precisions=("float32", "float8")),
     "wan2.1-1.3b": Known(16, ("precision", "attention", "decoder", "reduced"), WAN21),
     "wan2.1-14b": Known(16, ("precision", "attention", "decoder", "reduced"), WAN21),
     "skyreels-v2-df-1.3b": Known(24, ("precision", "attention", "decoder", "reduced"), WAN21),
