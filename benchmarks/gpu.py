@@ -105,7 +105,7 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
     def ask(what: str, by: str, flop: float, way: Callable[[], Tensor], exact: Tensor | None = None) -> None:
         try:
             found = way().float()
-            ms = milliseconds(way, device)
+            ms = milliseconds(way, device, 5 if arguments.small else 20)
             apart = None if exact is None else float((found - exact).norm() / exact.norm())
             rows.append({"what": what, "by": by, "ms": ms, "tflops": flop / ms / 1e9, "apart": apart})
         except Exception as error:  # that something is not there is an answer too
@@ -153,7 +153,7 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
     return rows
 
 
-def milliseconds(way: Callable[[], Tensor], device: torch.device, times: int = 20) -> float:
+def milliseconds(way: Callable[[], Tensor], device: torch.device, times: int) -> float:
     """Median time of a call on the device, after some that do not count."""
     taken = list[float]()
     for _ in range(3 + times):

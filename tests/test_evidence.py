@@ -212,6 +212,7 @@ OPEN = {
     "code with uncommitted changes": lambda run: run["recorded"]["code"].__setitem__("dirty", True),
     "code of no known commit": lambda run: run["recorded"].__setitem__("continued_on", [{"code": {"commit": None, "dirty": None}}]),
     "weights whose hash is not declared": lambda run: run["recorded"]["baseline"].update(weights={"file": "x.pt"}, trained_by={}),
+    "approximate: 8-bit attention": lambda run: run["recorded"]["baseline"].__setitem__("attention", "float8"),
     "approximate: tiny decoder": lambda run: run["recorded"]["baseline"].__setitem__("decoder", "tiny"),
     "random weights": lambda run: run["inputs"].__setitem__("weights_sha256", "random"),
     "videos made elsewhere": lambda run: run["inputs"].__setitem__("weights_sha256", "imported"),

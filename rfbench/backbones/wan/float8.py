@@ -4,7 +4,8 @@ Products: every row that comes in and every output's row of the weight has a sca
 largest of float8_e4m3fn. Sums are taken in float32 (on Hopper by its fast way, which keeps fewer bits of them). Weights are quantised once;
 they stay in memory as they were as well, for passes that are not made of such products.
 
-Attention: every head of every clip has a scale of its own, for its queries, keys and values each. The rest is that of FlashAttention 3's
+Attention: every head of every clip has a scale of its own, for its queries, keys and values each, and all that a pass looks at is quantised
+in that pass, cached keys and values again: what is largest among them changes with every step. The rest is that of FlashAttention 3's
 8-bit forward pass (Dao-AILab/flash-attention@0251105, hopper/softmax.h and hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp).
 
 Tested on a CPU, which does the same slowly. Not run on a GPU yet.
