@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -33,6 +35,7 @@ from torch.nn import functional
 
 from rfbench import attention, hardware, ladder, profiling, provenance
 from rfbench.backbones.wan import float8
+from rfbench.backbones.wan.dit import Eight
 from rfbench.settings import settings_file
 
 BASELINE = "wan/reward-forcing"
@@ -54,6 +57,8 @@ def main() -> None:
     if not arguments.small and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --small runs on the CPU, to see that this script works")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     found: dict[str, Any] = {"small": arguments.small, "machine": provenance.machine(), "software": hardware.software(device), "parts": {}}
     found["state before"] = hardware.state(device)
     path = arguments.out / f"{hardware.name(device)}{'-small' if arguments.small else ''}.json"
@@ -95,7 +100,8 @@ def kernels(arguments: Arguments) -> str:
 
 
 def questions(arguments: Arguments) -> list[dict[str, Any]]:
-    """One row for each way to make a product, attention or a convolution of a chunk: milliseconds, TFLOP/s, relative L2 distance to float32."""
+    """One row for each way to make a product, attention or a convolution of a chunk: milliseconds, TFLOP/s, relative L2 distance to float32;
+    then one for each launch of a Triton kernel: milliseconds beside the least bytes that it moves, and GB/s."""
     device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), list[dict[str, Any]]()
     shrink = 16 if arguments.small else 1
 
@@ -110,6 +116,15 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
             rows.append({"what": what, "by": by, "ms": ms, "tflops": flop / ms / 1e9, "apart": apart})
         except Exception as error:  # that something is not there is an answer too
             rows.append({"what": what, "by": by, "error": f"{type(error).__name__}: {error}"[:300]})
+        print(rows[-1], file=sys.stderr)
+
+    def launched(launch: Any, times: int) -> None:
+        about = {"what": f"kernel {launch.name}", "by": "triton", "times": times, "bytes": launch.least}
+        try:
+            ms = milliseconds(launch.ready(device), device, 1 if arguments.small else 20, cold=True)
+            rows.append(about | {"ms": ms, "gb_s": launch.least / ms / 1e6})
+        except Exception as error:
+            rows.append(about | {"error": f"{type(error).__name__}: {error}"[:300]})
         print(rows[-1], file=sys.stderr)
 
     with torch.no_grad():
@@ -150,13 +165,20 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
                     2 * 27 * size[1] ** 2 * frames * size[3] * size[4],
                 )
                 ask(f"convolution {size}", str(layout), flop, lambda conv=conv, x=x: conv(x))  # type: ignore[misc]
+        if importlib.util.find_spec("triton") is not None:
+            module = importlib.import_module("benchmarks.launches")
+            eights = tuple(what for what in get_args(Eight) if float8.missing(what, device) is None)
+            noted = [each for eight in ((), eights) for each in module.noted(eight=eight, reduced=arguments.small)]
+            for launch, often in {launch.kernel if arguments.small else launch.key: (launch, often) for launch, often in noted}.values():
+                launched(launch, often)
     return rows
 
 
-def milliseconds(way: Callable[[], Tensor], device: torch.device, times: int) -> float:
-    """Median time of a call on the device, after some that do not count."""
-    taken = list[float]()
+def milliseconds(way: Callable[[], Any], device: torch.device, times: int, *, cold: bool = False) -> float:
+    """Median time of a call on the device, after some that do not count. `cold`: its cache holds nothing of what is read, and the host is ahead."""
+    taken, other = list[float](), torch.empty(2**28 if cold and device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     for _ in range(3 + times):
+        other.zero_()
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -222,8 +244,8 @@ def everything() -> Iterator[None]:
 
 
 PARTS: dict[str, tuple[Callable[[Arguments], Any], float]] = {
-    "kernels": (kernels, 110),
-    "questions": (questions, 40),
+    "kernels": (kernels, 100),
+    "questions": (questions, 50),
     "ladder": (climbed, 250),
     "stream": (streamed, 75),
 }

@@ -38,7 +38,7 @@ def _rotated(value, cos, sin):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), value.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "room"])
 def _place(
     qkv,
     gain,
@@ -116,7 +116,7 @@ def _scale(value):
     return tl.maximum(tl.max(tl.abs(value)), 1e-12) / 448.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "gate_group"])
 def _norm(
     x,
     gate,
@@ -224,7 +224,7 @@ def quantised(x_RM: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     clip, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None]
