@@ -1,7 +1,7 @@
 # make demo         the whole line in miniature: train, generate, score, time, report
 # make test         the tests, for which it builds VBench's own interpreter as well
 # make lint         format, style and types
-# make bench        the measurements that benchmarks/ holds, one after another; vbench.py and gpu.py need more than a laptop
+# make bench        the measurements that benchmarks/ holds, one after another; vbench.py, gpu.py and launches.py need more than a laptop has
 # make clean        removes the environment and caches; runs/ and reports/ stay
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(name)),$(name))))
@@ -32,7 +32,7 @@ lint: $(VENV)/ready-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(foreach file,$(filter-out %/vbench.py %/gpu.py,$(wildcard benchmarks/*.py)),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
+	$(foreach file,$(filter-out %/vbench.py %/gpu.py %/launches.py,$(wildcard benchmarks/*.py)),$(BIN)/python -m benchmarks.$(notdir $(basename $(file))) &&) true
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ BASELINE = "wan/reward-forcing"
 BANDWIDTH = {"H100 SXM": 3.35e12, "H200 SXM": 4.8e12}  # bytes per second, as NVIDIA prints them
 ISSUED = 132 * 4 * 1.83e9  # instructions of a warp per second, on either: schedulers times the clock of the printed peaks
 DECODING = ("norm_silu", "as_uint8")  # kernels between convolutions, and behind them
-STEADY = 1  # chunk from which on all have the same launches
+STEADY = 2  # the chunk that finds a full window: from there on all have the same launches
 META = torch.device("meta")
 
 
@@ -98,7 +99,7 @@ def student(reduced: bool) -> tuple[SamplerCfg, Any]:
 
 
 def noted(*, eight: Collection[Eight] = (), reduced: bool = False) -> list[tuple[Launch, int]]:
-    """The launches of a steady chunk's passes and of its decoding, and how often each comes."""
+    """The launches of a steady chunk's passes, and of its decoding, and how often each comes; with 8-bit numbers of its passes alone."""
     launches = list[Launch]()
 
     class Noted:
@@ -109,9 +110,10 @@ def noted(*, eight: Collection[Eight] = (), reduced: bool = False) -> list[tuple
             return lambda *args, **options: launches.append(Launch(self.name, grid, dict(zip(self.kernel.arg_names, args, strict=False)), options))
 
     cfg, backbone = student(reduced)
+    assert cfg.chunk is not None
     shape, dit = backbone.shape, backbone.denoiser
     chunk = (1, cfg.chunk, shape.channels, shape.height, shape.width)
-    instead = {name: Noted(name, kernel) for name, kernel in vars(kernels).items() if isinstance(kernel, KernelInterface)}
+    instead: dict[str, Any] = {name: Noted(name, kernel) for name, kernel in vars(kernels).items() if isinstance(kernel, KernelInterface)}
     with (
         mock.patch.multiple(kernels, **instead),
         mock.patch.object(lean, "ON", {}),  # what is for a GPU alone is taken
@@ -127,7 +129,8 @@ def noted(*, eight: Collection[Eight] = (), reduced: bool = False) -> list[tuple
         for made in stream(backbone, text, (STEADY + 1) * chunk[1], cfg, lambda frames: noise, lean=passes):
             if made.index == STEADY - 1:
                 launches.clear()
-        video.as_uint8(decode(noise))
+        if not eight:  # the decoder has no such numbers
+            video.as_uint8(decode(noise))
     counted: dict[tuple[Any, ...], list[Launch]] = {}
     for launch in launches:
         counted.setdefault(launch.key, []).append(launch)
@@ -146,35 +149,32 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
 
     with mock.patch.object(driver, "_active", Ahead()):
         made = getattr(kernels, launch.kernel).run(*launch.given.values(), grid=launch.grid, warmup=True, **launch.options)
-    resources, instructions = inside(made.asm["cubin"])
-    moved = {way: [width(how) for how in re.findall(rf"{way}\.global\.(\S+)", made.asm["ptx"])] for way in ("ld", "st")}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
+    ptx = made.asm["ptx"]
+    moved = [width(how) for how in re.findall(r"(?:ld|st)\.global\.(\S+)", ptx)]
     return {
         "warps": made.metadata.num_warps,
         "registers": resources["reg"],
         "spilled": resources["stack"] + resources["local"],
-        "shared": made.metadata.shared,
-        "instructions": sum(name != "NOP" for name in instructions),
-        "loops": instructions.count("BRA") - 1,  # each kernel ends in one
-        "wide": {way: sum(size for size in sizes if size == 16) / sum(sizes) for way, sizes in moved.items()},
-        "contracted": instructions.count("FFMA"),
-        "float64": sum(name in ("DADD", "DMUL", "DFMA", "DSETP") for name in instructions),
-        "to_8_bit": sorted(set(re.findall(r"cvt\.(\S*e4m3x2\S*)", made.asm["ptx"]))),
+        "instructions": instructions(made.asm["cubin"]),
+        "loops": len(re.findall(r"scf\.(?:for|while)", made.asm["ttgir"])),
+        "wide": sum(size for size in moved if size == 16) / sum(moved),
+        "contracted": made.metadata.enable_fp_fusion or "fma." in ptx,
+        "float64": ".f64" in ptx,
+        "to_8_bit": sorted(set(re.findall(r"cvt\.(\S*e4m3x2\S*)", ptx))),
     }
 
 
-@functools.cache
-def inside(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """Registers, bytes of the stack and so on; and the names of the instructions, in order."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        used, listed = tool("cuobjdump", "--dump-resource-usage", file.name), tool("nvdisasm", "-c", "-ndf", file.name)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][A-Z0-9_]*)", listed, re.MULTILINE)
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}, instructions
-
-
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([getattr(triton.knobs.nvidia, name).path, *arguments], capture_output=True, text=True, check=True).stdout
+def instructions(cubin: bytes) -> int:
+    """Of 16 bytes each, with the padding behind them: what an ELF file's executable sections hold."""
+    (start,), (size, number) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, start + each * size) for each in range(number)]
+    return sum(length for _, _, flags, _, _, length in sections if flags & 4) // 16
 
 
 def width(how: str) -> int:
@@ -206,6 +206,8 @@ def shown(found: list[dict[str, Any]]) -> None:
     for numbers in dict.fromkeys(row["in"] for row in found):
         for part in ("passes", "decoding"):
             own = [row for row in found if row["in"] == numbers and row["launch"].startswith(DECODING) == (part == "decoding")]
+            if not own:
+                continue
             bounds = ", ".join(f"{sum(row['times'] * row['us'][name] for row in own) / 1e3:.2f} ms on {name}" for name in BANDWIDTH)
             print(f"{numbers}, {part} of a chunk: {sum(row['times'] for row in own)} launches, at least {bounds}", file=sys.stderr)
 
