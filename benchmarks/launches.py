@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import KernelInterface, driver
 
-from rfbench import baselines, kernels, video
+from rfbench import baselines, hardware, kernels, video
 from rfbench.backbones.wan import float8, lean, vae
 from rfbench.backbones.wan.dit import Eight
 from rfbench.config import SamplerCfg
@@ -120,7 +120,7 @@ def noted(*, eight: Collection[Eight] = (), reduced: bool = False) -> list[tuple
         mock.patch.object(lean, "attend", lambda q, k, v: torch.empty_like(q)),  # which is none of ours, and slow to pretend
         mock.patch.object(float8, "emulated", lambda q, k, v: torch.empty(q[0].shape, dtype=dit.dtype, device=META)),
         mock.patch.object(vae, "kernels", lambda device: kernels),
-        mock.patch.object(video, "kernels", lambda device: kernels),
+        mock.patch.object(hardware, "kernels", lambda device: kernels),
     ):
         text = torch.empty(1, dit.cfg.text_len, dit.cfg.text_dim, dtype=dit.dtype, device=META)
         passes = lean.LeanDiT(dit, Shortcuts(kernels=True, graphs=False), eight=eight)
