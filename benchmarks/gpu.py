@@ -11,23 +11,19 @@ the others alone, and the raw times of the ladder's turns lie in its run directo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +32,6 @@ from torch.nn import functional
 from rfbench import attention, hardware, ladder, profiling, provenance
 from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.dit import Eight
-from rfbench.settings import settings_file
 
 BASELINE = "wan/reward-forcing"
 HOME = Path(__file__).resolve().parent.parent
@@ -212,35 +207,11 @@ def climbed(arguments: Arguments) -> dict[str, Any]:
 
 
 def streamed(arguments: Arguments) -> dict[str, Any]:
-    """One process of `rfbench profile`: on a GPU with kernels and graphs, which rfbench.toml leaves out unless told; without, if those fail."""
+    """One process of `rfbench profile`, as this machine's rfbench.toml has it; which shortcuts were taken, and why one was not, is in it."""
     asked: dict[str, Any] = {"chunks": 2 * arguments.chunks, "repeats": 2, "random_weights": True, "fresh": True}
-
-    def document() -> dict[str, Any]:
-        found = profiling.document(profiling.profile(["toy/ode-init" if arguments.small else BASELINE], name="gpu", **asked))
-        shown(profiling.table(found))
-        return found
-
-    if not torch.cuda.is_available():
-        return document()
-    try:
-        with everything():
-            return document()
-    except Exception as error:  # of its own process: this one's GPU is as it was
-        print(f"with kernels and graphs: {type(error).__name__}: {error}", file=sys.stderr)
-        return document() | {"without kernels and graphs": f"{type(error).__name__}: {error}"}
-
-
-@contextlib.contextmanager
-def everything() -> Iterator[None]:
-    """The rfbench.toml in force, but with kernels and graphs."""
-    found = settings_file()
-    told = "" if found is None else found.read_text(encoding="utf-8")
-    folder = Path.cwd() if found is None else found.parent  # where its relative paths start
-    with tempfile.NamedTemporaryFile("w", suffix=".toml", dir=folder, encoding="utf-8") as file:
-        file.write(re.sub(r"(?m)^ *\[fast\.shortcuts\][^[]*", "", told) + "\n[fast.shortcuts]\nkernels = true\ngraphs = true\n")
-        file.flush()
-        with mock.patch.dict(os.environ, RFBENCH_TOML=file.name):
-            yield
+    document = profiling.document(profiling.profile(["toy/ode-init" if arguments.small else BASELINE], name="gpu", **asked))
+    shown(profiling.table(document))
+    return document
 
 
 PARTS: dict[str, tuple[Callable[[Arguments], Any], float]] = {

@@ -172,8 +172,11 @@ class KVCache:
                 (torch.zeros(size, dtype=folded, device=device), torch.zeros(size, dtype=folded, device=device)) for _ in range(shape.layers)
             ]
         self.slots = slots
-        self.token = object()  # stands for this memory, whatever it holds
         self.restart()
+
+    def memory(self) -> list[Tensor]:
+        """All that passes change: keys and values of every layer, and the sinks' averages."""
+        return [*self.rotated, *self.values, *(() if self.raw is self.rotated else self.raw), *(part for pair in self.sinks for part in pair)]
 
     def restart(self) -> None:
         """Forget the clip: as new, but the same memory."""

@@ -35,7 +35,22 @@ class Check:
 def examine() -> list[Check]:
     """Every check, in the order in which things are needed; none of them raises."""
     checks: list[Check] = []
-    for look in (_python, _checkout, _settings, _torch, _gpu, _memory, _disk, _video, _scorers, _vbench, _baselines, _environments, _extras):
+    for look in (
+        _python,
+        _checkout,
+        _settings,
+        _torch,
+        _gpu,
+        _shortcuts,
+        _memory,
+        _disk,
+        _video,
+        _scorers,
+        _vbench,
+        _baselines,
+        _environments,
+        _extras,
+    ):
         try:
             checks += look()
         except UserError as error:
@@ -95,6 +110,29 @@ def _gpu() -> Iterator[Check]:
         yield Check("gpu", "missing", "there is a GPU, but this torch is a CPU build", "pip install --force-reinstall torch, from the default index")
     else:
         yield Check("gpu", "missing", "none; the toy study does not need one", "the 1.3B models need a GPU of 24 GiB or more")
+
+
+def _shortcuts() -> Iterator[Check]:
+    """Which are taken; on a GPU some have to prove themselves, for which a small network of Wan's kind makes two clips."""
+    from rfbench import baselines, proof, sampler, transfer, video
+    from rfbench.backbones.wan.backbone import wan_1_3b
+    from rfbench.backbones.wan.lean import taken
+
+    device, cfg = baselines.device(), config.load(Baseline, "wan/reward-forcing").sampler
+    names = taken(settings().fast.shortcuts, device)
+    if {"kernels", "graphs"} & set(names):
+        backbone = wan_1_3b(reduced=True)
+        backbone.fresh(0)
+        backbone.requires_grad_(False).to(device)
+        lean = sampler.lean_of(backbone, cfg)
+        assert lean is not None
+        for seed in range(2):  # passes are recorded when they come for the second time
+            for pixels in sampler.generate(backbone, ["a red disc"], 4 * (cfg.chunk or 1), cfg, [seed], lean=lean):
+                transfer.to_host(video.as_uint8(pixels))()
+        names = lean.taken
+    yield Check("shortcuts", "ok", ", ".join(names))
+    for name, why in proof.left_out.items():
+        yield Check(f"shortcut {name}", "missing", f"left out: it {why}", "nothing has to be done; clips take longer")
 
 
 def _memory() -> Iterator[Check]:

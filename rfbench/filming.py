@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfbench import attention, baselines, records, sampler, video
+from rfbench import attention, baselines, proof, records, sampler, video
 from rfbench.backbones.base import TEMPORAL, Backbone, pixel_frames
 from rfbench.backbones.wan.lean import LeanDiT, taken
 from rfbench.baselines import Prepared
@@ -22,6 +22,8 @@ from rfbench.records import Clip
 from rfbench.settings import settings
 from rfbench.suites import Item, Suite, clip_id, clip_seed
 from rfbench.transfer import to_host
+
+Made = tuple[list[Clip], dict[str, str]]  # rows, and the shortcuts that did not prove themselves in the process that made the clips
 
 
 def facts(ready: Prepared) -> dict[str, Any]:
@@ -57,25 +59,26 @@ def batches(backbone: Backbone, cfg: SamplerCfg, latents: int, todo: Sequence[It
     return [todo[start : start + size] for start in range(0, len(todo), size)]
 
 
-def filming(ready: Prepared, asked: Suite, latents: int, directory: Path, backbone: Backbone | None) -> Callable[[Sequence[Item]], list[Clip]]:
+def filming(ready: Prepared, asked: Suite, latents: int, directory: Path, backbone: Backbone | None) -> Callable[[Sequence[Item]], Made]:
     """The function that makes a batch of clips and returns their rows, once all their videos are there; without `backbone` it opens one."""
     model = open_model(ready, asked) if backbone is None else backbone
     lean = sampler.lean_of(model, ready.cfg.sampler)
     shape, frames = model.shape, asked.frames_at(model.shape.fps)
 
-    def make(batch: Sequence[Item]) -> list[Clip]:
+    def make(batch: Sequence[Item]) -> Made:
         ids = [clip_id(prompt.id, sample) for prompt, sample in batch]
         seeds = [clip_seed(asked.seed, prompt.id, sample) for prompt, sample in batch]
         files = [f"videos/{clip}.mp4" for clip in ids]
         prompts, paths = [prompt.given for prompt, _ in batch], [directory / file for file in files]
         film(model, ready.cfg.sampler, lean, prompts, seeds, latents, frames, shape.fps, paths)
-        return [
+        clips = [
             Clip(
                 *(clip, prompt.id, sample, prompt.text, prompt.given, seed),
                 *(frames, shape.fps, shape.pixel_height, shape.pixel_width, file, records.sha256_of(directory / file)),
             )
             for (prompt, sample), clip, seed, file in zip(batch, ids, seeds, files, strict=True)
         ]
+        return clips, dict(proof.left_out)
 
     return make
 

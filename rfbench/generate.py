@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,9 +90,11 @@ def generate(
             if random_weights:
                 run.record(weights=RANDOM)
                 say("weights: random; what is made of them means nothing")
-            run.record(**maker.facts())
+            run.record(**(facts := maker.facts()))
             with records.appending(rows) as append, Progress(run.run.name, len(mine), done=len(mine) - len(todo)) as progress:
                 for tried, clips in maker.make(asked, todo, directory, writer or "alone"):
+                    if (now := maker.facts()) != facts:  # a shortcut did not prove itself
+                        run.record(**(facts := now))
                     for clip in clips:
                         append(clip)
                     progress.advance(tried)
@@ -177,6 +179,7 @@ class Native:
     engine: fleet.Engine = "here"
     workers: int | None = None
     backbone: Backbone | None = None
+    left_out: dict[str, str] = field(default_factory=dict)  # shortcuts that did not prove themselves where clips were made
 
     @property
     def name(self) -> str:
@@ -205,7 +208,9 @@ class Native:
     def facts(self) -> dict[str, Any]:
         from rfbench import filming
 
-        return filming.facts(self.ready)
+        found = filming.facts(self.ready)
+        found["shortcuts"] = [name for name in found["shortcuts"] if name not in self.left_out]
+        return found | ({"left_out": dict(self.left_out)} if self.left_out else {})
 
     def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, Sequence[Clip]]]:
         from rfbench import filming
@@ -214,7 +219,9 @@ class Native:
         batches = filming.batches(self.ready.blank, self.cfg.sampler, latents, todo)
         opener = functools.partial(filming.filming, self.ready, asked, latents, directory.resolve(), self.backbone)
         made = fleet.spread(opener, batches, self.workers) if self.engine == "ray" else map(opener(), batches)
-        return ((len(clips), clips) for clips in made)
+        for clips, left_out in made:
+            self.left_out |= left_out
+            yield len(clips), clips
 
     def result(self, directory: Path, writer: str, mine: int) -> dict[str, Any]:
         return {}

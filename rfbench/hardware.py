@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import os
 import re
@@ -144,6 +143,6 @@ def by(named: Shortcuts) -> Iterator[None]:
         _instead.pop()
 
 
-def kernels(device: torch.device) -> Any:
-    """`rfbench.kernels`, where they are asked for and the device is a GPU; else None. They have not run on a GPU yet."""
-    return importlib.import_module("rfbench.kernels") if device.type == "cuda" and shortcuts().kernels else None
+def kernels(device: torch.device) -> bool | None:
+    """Whether decoding and copying take kernels on a device: those that prove themselves (None), all of them or an error (True), or none."""
+    return shortcuts().kernels if device.type == "cuda" else False

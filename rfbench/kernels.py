@@ -171,8 +171,8 @@ def modulate(x_RM: Tensor, shift: Tensor, gain: Tensor, eps: float, *, eight: bo
 def add_and_modulate(
     x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor, eps: float, *, eight: bool = False
 ) -> tuple[Tensor, Rows]:
-    """x + gate y (or x + y), and `modulate` of it."""
-    total = torch.empty_like(x_RM)
+    """x + gate y (or x + y), and `modulate` of it; the sum has the wider dtype of x and gate, as it has in torch."""
+    total = torch.empty_like(x_RM, dtype=x_RM.dtype if gate is None else torch.promote_types(x_RM.dtype, gate.dtype))
     return total, _launch(x_RM, gate, y_RM, total, shift, gain, eps, eight)
 
 

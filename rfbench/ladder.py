@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rfbench import attention, baselines, flops, hardware, provenance, records
+from rfbench import attention, baselines, flops, hardware, proof, provenance, records
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan import float8
 from rfbench.baselines import Prepared
@@ -63,7 +63,7 @@ def profile(
             before, backbone = hardware.state(device), ready.open()
             others, left_out = approximations(baseline, fields, ready, backbone)
             peak, whose = hardware.peak(device, backbone.denoiser.dtype)
-            run.record(precision=precision(backbone), peak_tflops=peak, peak_is=whose, left_out=left_out, reduced=ready.reduced)
+            run.record(precision=precision(backbone), peak_tflops=peak, peak_is=whose, reduced=ready.reduced)
             run.record(
                 flop={
                     "chunk": flops.dit_chunk(backbone, ready.cfg.sampler, chunks),
@@ -76,7 +76,7 @@ def profile(
             with records.appending(directory / "turns.jsonl") as keep:
                 steps = ways(backbone, ready.cfg.sampler, others)
                 rungs = climb(prompt, steps, chunks=chunks, turns=repeats, peak=peak, keep=keep, broken=broken)
-            run.record(broken=broken)
+            run.record(broken=broken, left_out=left_out | proof.left_out)
             run.record(hardware={"before": before, "after": hardware.state(device)})
             run.result.update(
                 rungs=[dataclasses.asdict(rung) for rung in rungs], exact=not broken and all(rung.exact for rung in rungs if rung.kind == "exact")
@@ -127,4 +127,9 @@ def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
                 "error of rung 0 ×": " ".join(f"{error['ratio']:.2f}" for error in apart.values()) or f"apart {rung['first']:.1e}",
             }
         )
-    return rows + [dict.fromkeys(rows[0], "") | {"": name, "kind": f"failed: {why}"[:80]} for name, why in document["recorded"]["broken"].items()]
+    told = [
+        (f"{what}: {why}"[:80], name)
+        for what, key in (("failed", "broken"), ("left out", "left_out"))
+        for name, why in document["recorded"][key].items()
+    ]
+    return rows + [dict.fromkeys(rows[0], "") | {"": name, "kind": kind} for kind, name in told]

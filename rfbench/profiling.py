@@ -123,6 +123,7 @@ def in_turn(
                         for number in numbers:
                             append(take_round(workers, process, number, process * repeats + number))
                             progress.advance()
+                        run.record(contenders={name: worker.told() for name, worker in workers.items()})
             run.record(hardware=[*run.run.recorded.get("hardware", []), {"before": before, "after": hardware.state(device)}])
             run.result.update(timings=summary(timing.read_rounds(directory), run.run.name), rounds_sha256=records.sha256_of(path))
     return directory

@@ -28,7 +28,7 @@ from rfbench import flops, hardware, video
 from rfbench.backbones.base import TEMPORAL, Backbone
 from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.dit import Eight
-from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
+from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts, usable
 from rfbench.config import SamplerCfg
 from rfbench.naive import naive
 from rfbench.sampler import Noise, clip_noise, stream
@@ -111,7 +111,10 @@ def streamed(shortcuts: Shortcuts, eight: Collection[Eight] = ()) -> Run:
 
 def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Backbone, SamplerCfg]] | None = None) -> list[Way]:
     """Rung 0, the shared sampler without shortcuts, then with one more of those that this device can use at a time; then each
-    approximation for itself, with all of them."""
+    approximation for itself, with all of them.
+
+    A rung asks for its own shortcut, so that it fails with it; those after it take what proves itself (`rfbench.proof`).
+    """
     taken = dataclasses.asdict(NONE)
 
     def way(name: str, kind: Literal["exact", "approximate"], backbone: Backbone = backbone, cfg: SamplerCfg = cfg, *eight: Eight) -> Way:
@@ -122,6 +125,7 @@ def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Ba
     for name in usable(device := backbone.denoiser.head.modulation.device):
         taken[name] = True
         found.append(way(name, "exact"))
+        taken[name] = getattr(SHORTCUTS, name)  # True, or None where it is left to the device
     found += [way(name, "approximate", backbone, cfg, what) for name, what in EIGHT.items() if float8.missing(what, device) is None]
     return found + [way(name, "approximate", *changed) for name, changed in (approximate or {}).items()]
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rfbench.backbones.base import Backbone, latent_frames
-from rfbench.backbones.wan.lean import LeanDiT
+from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT
 from rfbench.cache import CacheShape, Gradients, KVCache
 from rfbench.config import SamplerCfg
 from rfbench.forcing import force
@@ -28,6 +28,7 @@ from rfbench.settings import settings
 from rfbench.transfer import to_device
 from rfbench.unipc import UniPC
 
+ALONE = replace(SHORTCUTS, kernels=False, graphs=False)  # of a model that makes one stream: nothing has to prove itself first
 Noise = Callable[[int], Tensor]  # latent frames -> noise [B, F, C, H, W]; draws follow each other in the sampler's order
 
 
@@ -171,7 +172,7 @@ def stream(
             yield Chunk(index, start, x0)
             start += x0.shape[1]
         return
-    lean, memory = lean or LeanDiT(model), {"dtype": text_BLE.dtype, "device": device, "gradients": cache_gradients}
+    lean, memory = lean or LeanDiT(model, ALONE), {"dtype": text_BLE.dtype, "device": device, "gradients": cache_gradients}
     caches = [lean.cache(cfg.cache, shape, **memory) for _ in texts if cfg.cache is not None]
     held: Sequence[KVCache | None] = caches or [None] * len(given)
     due = list(switches)
@@ -211,50 +212,52 @@ def stream(
                 caches[0].begin(len(again))
                 lean.fill(context[chunk][:, again], texts[0], caches[0])
 
-    for index in range(latents // length):
-        start = index * length
-        tell("begin")
-        ready = [text for frame, text in due if frame <= start]
-        if ready:
-            due = due[len(ready) :]
-            switch(ready[-1])
+    try:
+        for index in range(latents // length):
+            start = index * length
+            tell("begin")
+            ready = [text for frame, text in due if frame <= start]
+            if ready:
+                due = due[len(ready) :]
+                switch(ready[-1])
+            for cache in caches:
+                cache.begin(length, cut=shots and bool(ready) and start > 0, carried=pending is None)
+            if initial_BFCHW is not None and start < initial_BFCHW.shape[1]:
+                x0 = initial_BFCHW[:, start : start + length]
+            else:
+                x, solver = noise(length), UniPC(sigmas) if cfg.solver == "unipc" else None
+                for number in range(last + 1):
+                    if watch is not None:
+                        watch(x)
+                    grad = number == last and grad_from is not None and start >= grad_from
+                    velocity = flow(x, steps[number], grad, pending)
+                    pending = None
+                    following = sigmas[number + 1] if number < len(sigmas) - 1 else 0.0
+                    if solver is not None:
+                        x0 = x = solver.step(x, velocity)
+                    elif cfg.solver == "euler":
+                        x0 = x = x + velocity * (following - sigmas[number])
+                    else:
+                        with torch.set_grad_enabled(grad):
+                            x0 = flow_to_x0(velocity, x, sigmas[number])
+                        if number < last:
+                            x = add_noise(x0, noise(length), following)
+            tell("denoised")
+            yield Chunk(index, start, x0)
+            if start + length < latents:
+                clean = add_noise(x0.detach(), noise(length), cfg.context_noise) if cfg.context_noise else x0.detach()
+                if goes_along(start + length):
+                    pending = clean
+                elif cfg.context == "clean" or is_given(start):
+                    for text, cache in zip(texts, caches, strict=True):
+                        lean.fill(clean, text, cache)
+                if due and not shots:
+                    cached = {number // length for number in caches[0].numbers}
+                    context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}
+                tell("cached")
+    finally:  # also where nobody wants the rest
         for cache in caches:
-            cache.begin(length, cut=shots and bool(ready) and start > 0, carried=pending is None)
-        if initial_BFCHW is not None and start < initial_BFCHW.shape[1]:
-            x0 = initial_BFCHW[:, start : start + length]
-        else:
-            x, solver = noise(length), UniPC(sigmas) if cfg.solver == "unipc" else None
-            for number in range(last + 1):
-                if watch is not None:
-                    watch(x)
-                grad = number == last and grad_from is not None and start >= grad_from
-                velocity = flow(x, steps[number], grad, pending)
-                pending = None
-                following = sigmas[number + 1] if number < len(sigmas) - 1 else 0.0
-                if solver is not None:
-                    x0 = x = solver.step(x, velocity)
-                elif cfg.solver == "euler":
-                    x0 = x = x + velocity * (following - sigmas[number])
-                else:
-                    with torch.set_grad_enabled(grad):
-                        x0 = flow_to_x0(velocity, x, sigmas[number])
-                    if number < last:
-                        x = add_noise(x0, noise(length), following)
-        tell("denoised")
-        yield Chunk(index, start, x0)
-        if start + length < latents:
-            clean = add_noise(x0.detach(), noise(length), cfg.context_noise) if cfg.context_noise else x0.detach()
-            if goes_along(start + length):
-                pending = clean
-            elif cfg.context == "clean" or is_given(start):
-                for text, cache in zip(texts, caches, strict=True):
-                    lean.fill(clean, text, cache)
-            if due and not shots:
-                cached = {number // length for number in caches[0].numbers}
-                context = {chunk: seen for chunk, seen in [*context.items(), (index, clean)] if chunk in cached}
-            tell("cached")
-    for cache in caches:
-        lean.done(cache)
+            lean.done(cache)
 
 
 def generate(

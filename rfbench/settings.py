@@ -49,8 +49,8 @@ class JudgeCfg:
 class Shortcuts:
     """Work of a pass that is left out or joined, each part for itself. The video stays the same up to rounding (`rfbench.rungs`).
 
-    What is asked for must be possible (`rfbench.backbones.wan.lean.taken`); None is where it is possible. Kernels and graphs have not
-    run on a GPU yet, only on a CPU by an interpreter and a stand-in: who wants them asks for them.
+    What is asked for must be possible (`rfbench.backbones.wan.lean.taken`); None is where it is possible. Kernels and graphs, which have
+    not run on a GPU yet, only on a CPU by an interpreter and a stand-in, also have to prove themselves there (`rfbench.proof`).
     """
 
     modulation: bool = True  # what depends on the timestep alone is computed once per stream and not in every pass
@@ -60,8 +60,8 @@ class Shortcuts:
     columns: bool | None = None  # on a CPU, small weights are copied column by column: a product of few rows reads them faster
     sigmoid: bool | None = None  # on a CPU, GELU is taken by a sigmoid, which is faster there than a tangent
     untracked: bool = True  # tensors keep no record of views and versions, which only gradients need
-    kernels: bool = False  # on a GPU, Triton: what lies between two products, or two convolutions of a decoder, is one reading and writing
-    graphs: bool = False  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
+    kernels: bool | None = None  # on a GPU, Triton: what lies between two products, or two convolutions of a decoder, is one reading and writing
+    graphs: bool | None = None  # on a GPU, passes are recorded once and replayed, from the second stream of a `LeanDiT` on without any recording
     joint: bool = True  # the clean pass of a chunk goes along with the first step of the next one
     bytes: bool | None = None  # on a GPU, frames become bytes before they go to the host
     copies: bool | None = None  # on a GPU, frames go to the host by page-locked memory, beside what the device does next

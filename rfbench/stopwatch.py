@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfbench import baselines, hardware, sampler, timing, video
+from rfbench import baselines, hardware, proof, sampler, timing, video
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan.lean import LeanDiT
 from rfbench.backbones.wan.text import WanText
@@ -35,6 +35,7 @@ from rfbench.timing import APART, CLIP, STEADY, Chunk, Turn
 from rfbench.transfer import side, to_host
 
 WARM_UPS = 2  # turns: on a GPU a pass is recorded when it comes for the second time
+TOLD = -1  # in place of the number of a turn
 
 
 class Worker:
@@ -48,7 +49,12 @@ class Worker:
         self.process = context.Process(target=serve, args=asked, daemon=True)
         self.process.start()
         theirs.close()
-        self.about: dict[str, Any] = self._answer()
+        self.about: dict[str, Any] = self._answer()  # what it holds; `told` says what it knows now
+
+    def told(self) -> dict[str, Any]:
+        """What the contender is and how it runs, as far as that is known by now: a shortcut may fail to prove itself in a turn."""
+        self.about = self._answer(TOLD)
+        return self.about
 
     def turn(self, number: int) -> Turn:
         """Time the contender once; its noise is seeded with `number`.
@@ -60,7 +66,7 @@ class Worker:
         return turn
 
     def _answer(self, number: int | None = None) -> Any:
-        """What the process says next, or in answer to the number of a turn."""
+        """What the process says next, or in answer to a number: of a turn, or TOLD."""
         try:
             if number is not None:
                 self.connection.send(number)
@@ -89,9 +95,10 @@ def serve(connection: Connection, ready: Prepared, chunks: int, threads: int, bo
     try:
         torch.set_num_threads(threads)
         contestant = warm(ready, chunks, born)
-        connection.send(contestant.about)
+        connection.send(about(contestant))
         while True:
-            connection.send(take(contestant, connection.recv()))
+            number = connection.recv()
+            connection.send(about(contestant) if number == TOLD else take(contestant, number))
     except (EOFError, ConnectionError):
         return  # nobody wants more
     except Exception as error:
@@ -128,7 +135,7 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
     what, _ = meter()
     energy, whose = hardware.energy(baselines.device())
     steady = counted_from(ready)
-    about = {
+    held = {
         "weights_sha256": ready.weights_sha256,
         "precision": precision(backbone),
         "approximate": ready.cfg.approximate,
@@ -136,13 +143,17 @@ def warm(ready: Prepared, chunks: int, born: float) -> Contestant:
         "energy": whose,
         "chunks": chunks,
         "steady": steady,
-        "shortcuts": lean.taken if lean else [],
     }
-    found = Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, steady, prompts, None, None, energy, about)
+    found = Contestant(ready.name, backbone, ready.cfg.sampler, lean, latents, chunks, steady, prompts, None, None, energy, held)
     first, *_ = [take(found, 0).clip[0].readable for _ in range(WARM_UPS)]
     if ready.weights is not None:  # drawing weights is not loading them
         found.cold_start_s, found.warm_up_s = begun - born + first, time.time() - born
     return found
+
+
+def about(contestant: Contestant) -> dict[str, Any]:
+    """What a run records of a contender, with the shortcuts that are taken and, of those that did not prove themselves, why."""
+    return contestant.about | {"shortcuts": contestant.lean.taken if contestant.lean else [], "left_out": dict(proof.left_out)}
 
 
 def precision(backbone: Backbone) -> dict[str, str]:

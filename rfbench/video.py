@@ -18,7 +18,10 @@ from rfbench.errors import UserError, did_you_mean
 from rfbench.records import atomic
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from rfbench.proof import Kernel, Pair
 
 Frames = npt.NDArray[np.uint8]
 Write = Callable[[Frames], None]
@@ -28,14 +31,29 @@ CRF = 10  # near lossless: the codec must not hide what a model does
 
 def as_uint8(pixel_BTCHW: Tensor) -> Tensor:
     """Pixels of [-1, 1] as the bytes that a video takes: uint8 [B, T, H, W, 3], on the same device; on the host where `bytes` is switched off."""
+    from rfbench import proof
     from rfbench.hardware import kernels, shortcuts
 
     if shortcuts().bytes is False:
         pixel_BTCHW = pixel_BTCHW.float().cpu()
-    if (triton := kernels(pixel_BTCHW.device)) is not None:
-        frames_BTHWC: Tensor = triton.as_uint8(pixel_BTCHW.permute(0, 1, 3, 4, 2).contiguous())
+    pixel_BTHWC = pixel_BTCHW.permute(0, 1, 3, 4, 2)
+    device, dtype = pixel_BTCHW.device, pixel_BTCHW.dtype
+    if (kernel := proof.kernel("as_uint8", kernels(device), device, dtype, lambda kernel: _trial(kernel, device, dtype))) is not None:
+        frames_BTHWC: Tensor = kernel(pixel_BTHWC.contiguous())
         return frames_BTHWC
-    return (pixel_BTCHW * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 1, 3, 4, 2).contiguous()
+    return _rounded(pixel_BTHWC)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return (x * 127.5 + 127.5).round().clamp(0, 255).byte().contiguous()
+
+
+def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> Iterator[Pair]:
+    from rfbench import proof
+
+    x = proof.drawn(2, 999, seed=0, device=device, dtype=dtype)
+    found: Tensor = kernel(x)
+    yield found, _rounded(x), found.dtype
 
 
 def as_pixels(frames_BTHWC: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from rfbench.settings import settings
 
 
 @pytest.mark.slow
@@ -59,15 +57,3 @@ def test_a_record_is_there_after_every_part(tmp_path, monkeypatch):
         gpu.main()
     assert seen == [["kernels"], ["kernels", "questions"], ["kernels", "questions", "ladder"]]
     assert sum(limit for _, limit in gpu.PARTS.values()) < 480
-
-
-def test_kernels_and_graphs_are_asked_for_and_nothing_else_is_changed(tmp_path, monkeypatch):
-    path = tmp_path / "rfbench.toml"
-    path.write_text('[paths]\nruns = "r"\n[fast]\nattention = "math"\n[fast.shortcuts]\njoint = false\n[hardware.a]\ntitle = "A"\nmatch = "a"\n')
-    monkeypatch.setenv("RFBENCH_TOML", str(path))
-    before = settings()
-    with gpu.everything():
-        inside = settings()
-    assert inside.fast.shortcuts.kernels and inside.fast.shortcuts.graphs
-    assert dataclasses.replace(inside, fast=before.fast) == before == settings() and inside.fast.attention == "math"
-    assert list(tmp_path.iterdir()) == [path]

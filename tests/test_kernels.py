@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rfbench import hardware, video
+from rfbench import hardware, proof, video
 from rfbench.attention import rotate, rotations
 from rfbench.backbones.wan import vae
+from rfbench.errors import UserError
+from rfbench.settings import Shortcuts
 from tests.tiny import distance, normal
 
 kernels = pytest.importorskip("rfbench.kernels", reason="there is no triton; pip install triton", exc_type=ImportError)
@@ -94,10 +96,9 @@ def test_an_autoencoder_by_kernels_makes_the_same_frames(monkeypatch: pytest.Mon
         return [decode(part) for part in latents]
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # where convolutions round to 10 bits, a hair before becomes a step behind
-    for module in (vae, hardware):
-        monkeypatch.setattr(module, "kernels", lambda device: None)
-    wanted = frames()
-    pairs = [(part, video.as_uint8(part)) for part in wanted]
+    with hardware.by(Shortcuts(kernels=False)):
+        wanted = frames()
+        pairs = [(part, video.as_uint8(part)) for part in wanted]
     called = list[Tensor]()
     norm_silu = kernels.norm_silu
 
@@ -105,27 +106,59 @@ def test_an_autoencoder_by_kernels_makes_the_same_frames(monkeypatch: pytest.Mon
         called.append(x)
         return norm_silu(x, *given, **options)
 
-    monkeypatch.setattr(kernels, "norm_silu", counted)
     for module in (vae, hardware):
-        monkeypatch.setattr(module, "kernels", lambda device: kernels)
+        monkeypatch.setattr(module, "kernels", lambda device: True)
+    frames()  # and the trial
+    monkeypatch.setattr(kernels, "norm_silu", counted)
     assert all(distance(ours, theirs) < 1e-5 for ours, theirs in zip(frames(), wanted, strict=True))
     assert len(called) == 2 * (2 * len([block for block in model.decoder.modules() if isinstance(block, vae.ResidualBlock)]) + 1)
     assert all(torch.equal(video.as_uint8(pixels), shown) for pixels, shown in pairs)
 
 
-def test_kernels_are_for_gpus_and_for_those_who_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_are_for_gpus_and_not_for_those_who_switch_them_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
-    for asked in (True, False):
+    for line, asked in (("kernels = true", True), ("kernels = false", False), ("", None)):
         hardware._asked.cache_clear()
-        (tmp_path / "rfbench.toml").write_text(f"[fast.shortcuts]\nkernels = {str(asked).lower()}\n")
-        assert hardware.kernels(torch.device("cuda", 0)) is (kernels if asked else None)
-        assert hardware.kernels(torch.device("cpu")) is None
+        (tmp_path / "rfbench.toml").write_text(f"[fast.shortcuts]\n{line}\n")
+        assert hardware.kernels(torch.device("cuda", 0)) is asked and hardware.kernels(torch.device("cpu")) is False
     hardware._asked.cache_clear()
 
 
-def test_bytes_are_those_of_the_plain_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_decoders_kernel_that_is_off_is_left_out(asked: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae, "kernels", lambda device: asked)
+    monkeypatch.setattr(proof, "_verdicts", {})
+    monkeypatch.setattr(proof, "left_out", {})
+    x = drawn(1, 2, 2, 2, 8, seed=0)
+    assert vae.norm_silu(x) is kernels.norm_silu and not proof.left_out
+    proof._verdicts.clear()
+    right: Any = kernels.norm_silu
+
+    def off(x: Tensor, gain: Tensor, eps: float, out: Tensor) -> Tensor:
+        return cast(Tensor, right(x, gain, eps, out=out).mul_(1.001))
+
+    monkeypatch.setattr(kernels, "norm_silu", off)
+    if asked:
+        with pytest.raises(UserError, match=r"'kernels.norm_silu' is 1.0e-03 apart from its plain form, where 1.1e-06 is rounding"):
+            vae.norm_silu(x)
+    else:
+        assert vae.norm_silu(x) is None and list(proof.left_out) == ["kernels.norm_silu"]
+        assert vae.norm_silu(x.bfloat16()) is off, "which such an error is within the rounding of"
+        assert proof.bound(torch.bfloat16) < 0.01
+
+
+def test_the_sum_is_as_wide_as_its_widest_part() -> None:
+    """As of a network that keeps its residual stream in float32 and multiplies in bfloat16."""
+    x, y = (drawn(4, 36, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    gate, shift, gain = (drawn(36, seed=seed) for seed in (2, 3, 4))
+    total, out = kernels.add_and_modulate(x, gate, y, shift, gain, EPS)
+    assert total.dtype == out.dtype == torch.float32 and distance(total, torch.addcmul(x, gate, y)) < 1e-6
+    assert kernels.add_and_modulate(x, None, y, shift, gain, EPS)[0].dtype == torch.bfloat16
+
+
+def test_bytes_are_those_of_the_plain_conversion() -> None:
     """Halves too, which go to the even neighbour, and what lies outside."""
     halves = ((torch.arange(0, 255) + 0.5) - 127.5) / 127.5
     x = torch.cat([halves, torch.linspace(-1.2, 1.2, 2001)]).to(DEVICE).view(1, 2, 1, 8, -1)
-    monkeypatch.setattr(hardware, "kernels", lambda device: None)
-    assert torch.equal(kernels.as_uint8(x.permute(0, 1, 3, 4, 2).contiguous()), video.as_uint8(x))
+    with hardware.by(Shortcuts(kernels=False)):
+        assert torch.equal(kernels.as_uint8(x.permute(0, 1, 3, 4, 2).contiguous()), video.as_uint8(x))

@@ -20,7 +20,7 @@ LAYERS = [
         *("strict", "settings", "config", "suites", "world", "provenance", "progress", "statistics", "layouts", "learning"),
         *("vbench", "published", "envs", "processes", "store", "mirror", "weight_files", "launched"),
     },
-    {"attention", "kernels", "transfer", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "fleet", "phases"},
+    {"attention", "kernels", "proof", "transfer", "cache", "schedule", "unipc", "hardware", "data", "weights", "video", "fleet", "phases"},
     {
         "sampler",
         "rolling",

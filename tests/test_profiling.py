@@ -14,15 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from rfbench import baselines, cli, profiling, records, rungs, stopwatch, timing
+from rfbench import baselines, cli, profiling, records, rungs, sampler, stopwatch, timing
 from rfbench.backbones.toy import ToyBackbone
+from rfbench.backbones.wan import graphs, lean
 from rfbench.backbones.wan.dit import DiTCfg
 from rfbench.backbones.wan.text import WanText
 from rfbench.errors import UserError
 from rfbench.report import evidence
+from rfbench.settings import FastCfg, Shortcuts, settings
 from rfbench.timing import Round, Turn
 from tests import models
 from tests.test_timing import steady, turn
+from tests.tiny import Remembered, recordings
 
 
 @dataclass
@@ -50,6 +53,9 @@ def replace_processes(monkeypatch: pytest.MonkeyPatch, machine: Machine, seconds
         def __init__(self, ready: baselines.Prepared, chunks: int) -> None:
             machine.started += 1
             self.name, self.about, self.cold = ready.name, {"chunks": chunks}, True
+
+        def told(self) -> dict[str, Any]:
+            return self.about | {"left_out": {}}
 
         def turn(self, number: int) -> Turn:
             cold, self.cold = (2.0 if self.cold else None), False
@@ -250,6 +256,20 @@ def test_what_goes_wrong_in_a_process_is_told_by_the_one_that_asked(tmp_path):
         with pytest.raises(UserError, match="the process that timed 'other' ended with -9, perhaps for lack of memory") as told:
             worker.turn(0)
     assert told.value.code == 1
+
+
+def test_no_pass_is_recorded_while_somebody_looks_at_the_clock(tmp_path, monkeypatch):
+    """Recordings are made of what comes for the second time: a clip, a stream, its switch and its passes one by one, all before the first turn."""
+    monkeypatch.setattr(lean, "ON", {})
+    monkeypatch.setattr(graphs, "Cuda", Remembered)
+    monkeypatch.setattr(sampler, "settings", lambda: dataclasses.replace(settings(), fast=FastCfg(shortcuts=Shortcuts(kernels=False))))
+    contestant = stopwatch.warm(baselines.prepare(models.write(tmp_path)), 7, 0.0)
+    assert contestant.lean is not None and contestant.lean.graphs is not None and contestant.cold_start_s is not None
+    recorded = recordings(contestant.lean)
+    assert recorded > 10 and all(None not in known.made.values() for known in contestant.lean.graphs.of.values())
+    turns = [stopwatch.take(contestant, number) for number in range(2)]
+    assert recordings(contestant.lean) == recorded and [turn.cold_start_s is None for turn in turns] == [False, True]
+    assert "graphs" in stopwatch.about(contestant)["shortcuts"] and stopwatch.about(contestant)["left_out"] == {}
 
 
 def test_a_bidirectional_model_has_only_whole_clips(tmp_path):

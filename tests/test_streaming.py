@@ -116,9 +116,11 @@ def test_rungs_decode_and_copy_by_their_own_shortcuts(backbone, monkeypatch):
     for way in rungs.ways(cast(Backbone, Watched()), student()):
         rungs.decoding_seconds(way, latents)
     assert seen["naive"] == seen["slots"] == {rungs.NONE}
-    has = {name: [field for field, on in dataclasses.asdict(*taken).items() if on] for name, taken in seen.items()}
+    has = {name: [field for field, on in dataclasses.asdict(*taken).items() if on is not False] for name, taken in seen.items()}
     assert has["modulation"] == ["modulation"] and has["kernels"] == ["modulation", "kernels"]
     assert has["copies"] == has["8-bit products"] == has["8-bit attention"] == ["modulation", "kernels", "bytes", "copies"]
+    asks = {name: shortcuts.kernels for name, (shortcuts,) in seen.items()}
+    assert asks["kernels"] is True and asks["bytes"] is asks["8-bit products"] is None, "only the kernels' own rung fails with them"
     assert hardware.shortcuts() == before
 
 

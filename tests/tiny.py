@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rfbench.backbones.base import TEMPORAL, Decoder, VideoShape
+from rfbench.backbones.wan import graphs
 from rfbench.backbones.wan.dit import DiTCfg, WanDiT
 from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts
 from rfbench.cache import KVCache
@@ -107,3 +108,19 @@ def observe(monkeypatch: pytest.MonkeyPatch, told: Callable[[Tensor, float, KVCa
     monkeypatch.setattr(LeanDiT, "__init__", made)
     monkeypatch.setattr(LeanDiT, "__call__", noisy)
     monkeypatch.setattr(LeanDiT, "fill", clean)
+
+
+class Remembered:
+    """A recorder of passes that does over again what it was shown."""
+
+    def aside(self, work: graphs.Work) -> Tensor | None:
+        return work()
+
+    def record(self, work: graphs.Work) -> graphs.Work:
+        return work
+
+
+def recordings(lean: LeanDiT) -> int:
+    """How many passes a `LeanDiT` has recorded."""
+    assert lean.graphs is not None
+    return sum(made is not None for known in lean.graphs.of.values() for made in known.made.values())

@@ -13,7 +13,6 @@ G chunks in a pass.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rfbench import proof
 from rfbench.attention import attend, rotate, rotations
-from rfbench.backbones.wan import float8
+from rfbench.backbones.wan import float8, trials
 from rfbench.backbones.wan.dit import Block, Cache, Eight, TextKV, WanDiT
 from rfbench.backbones.wan.graphs import Graphs
 from rfbench.cache import CacheShape, KVCache, Move, room
@@ -48,7 +48,7 @@ def usable(device: torch.device) -> list[str]:
 
 
 def taken(shortcuts: Shortcuts, device: torch.device) -> list[str]:
-    """The shortcuts that are taken on a device.
+    """The shortcuts that are taken on a device; what rfbench.toml leaves open, if what it is built on is taken, and unless it has failed already.
 
     Raises:
         UserError: one is asked for that this device cannot take, or without another one that it is built on.
@@ -60,7 +60,10 @@ def taken(shortcuts: Shortcuts, device: torch.device) -> list[str]:
             raise UserError(f"[fast] shortcut '{name}' {why}; leave it out of rfbench.toml")
         if wanted and not asked.get(NEEDS.get(name, name)):
             raise UserError(f"[fast] shortcut '{name}' is built on '{NEEDS[name]}', which is switched off; switch both on or both off")
-    return [name for name in possible if asked[name] is not False]
+    if asked["kernels"] is None and ON.get("kernels", device.type) == device.type and "kernels" not in possible:
+        proof.leave_out("kernels", "needs package triton", asked=None)
+    open_ = [name for name in possible if asked[name] is None and asked.get(NEEDS.get(name, name)) is not False and name not in proof.left_out]
+    return [name for name in possible if asked[name] or name in open_]
 
 
 @dataclass(frozen=True)
@@ -109,26 +112,34 @@ class LeanDiT:
     def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: Collection[Eight] | None = None) -> None:
         self.model, self.shortcuts = model, shortcuts
         approximate = model.cfg.float8 if eight is None else eight
-        self.eight = "products" in approximate
+        self.eight, self.looks_by_eight = "products" in approximate, "attention" in approximate
         self.eps, self.size, self.heads = model.cfg.eps, (model.cfg.dim,), (model.cfg.num_heads, model.cfg.head_dim)
         device = model.head.modulation.device
         self.floor, self.slope = torch.tensor(model.cfg.eps, device=device), torch.tensor(SLOPE, device=device)
-        self.taken = taken(shortcuts, device)
-        self.sigmoid = "sigmoid" in self.taken
-        self.kernels = importlib.import_module("rfbench.kernels") if "kernels" in self.taken else None
-        self.graphs = Graphs() if "graphs" in self.taken else None
-        self.caches: list[tuple[Any, KVCache]] = []  # of streams that ended, with what they were made for
-        laid = functools.partial(product, columns="columns" in self.taken)
+        chosen = taken(shortcuts, device)
+        self.sigmoid = "sigmoid" in chosen
+        self.kernels = dict[str, proof.Kernel]()
+        if "kernels" in chosen:
+            self.kernels = trials.proven(self)
+        self.chosen = [name for name in chosen if name != "kernels" or self.kernels]
+        self.graphs = Graphs(asked=shortcuts.graphs) if "graphs" in chosen else None
+        self.caches: list[tuple[tuple[CacheCfg, CacheShape, dict[str, Any]], KVCache]] = []  # of streams that ended, with what they were made for
+        laid = functools.partial(product, columns="columns" in chosen)
         of_blocks: Callable[..., Times] = laid
         if self.eight:
-            of_blocks = functools.partial(float8.product, quantise=self.kernels.quantised) if self.kernels is not None else float8.product
+            of_blocks = functools.partial(float8.product, quantise=self.kernels.get("quantised", float8.quantised))
         self.attend: Callable[..., Tensor] = attend
-        if "attention" in approximate:
-            self.attend = functools.partial(float8.attend, quantise=self.kernels.quantised_heads) if self.kernels is not None else float8.attend
-        self.layers = [read(cast(Block, block), of_blocks, merged="merged" in self.taken) for block in model.blocks]
+        if self.looks_by_eight:
+            self.attend = functools.partial(float8.attend, quantise=self.kernels.get("quantised_heads", float8.quantised_heads))
+        self.layers = [read(cast(Block, block), of_blocks, merged="merged" in chosen) for block in model.blocks]
         self.head = laid(model.head.head)
         self.tables: dict[tuple[float, ...], Tables] = {}  # of the timesteps that were taken
         self.mode: Any = torch.inference_mode if shortcuts.untracked else torch.no_grad
+
+    @property
+    def taken(self) -> list[str]:
+        """The shortcuts that are taken; a recording that has failed meanwhile took all of them along."""
+        return [name for name in self.chosen if name not in proof.left_out]
 
     def __call__(self, x_BFCHW: Tensor, t: float, text: TextKV, cache: Cache | None, *, kept: bool = False) -> Tensor:
         """The flow of noisy frames that are all at timestep `t`: [B, F, C, H, W]. See `WanDiT.forward`.
@@ -154,19 +165,20 @@ class LeanDiT:
 
     def cache(self, cfg: CacheCfg, shape: CacheShape, **options: Any) -> KVCache:
         """A `KVCache` for one stream; in the memory of one that ended, if there are recordings that know where that is."""
-        made_for = cfg, replace(shape, latents=room(cfg, shape.latents))  # clips of any length share a window
-        for number, (key, _) in enumerate(self.caches):
-            if key == (made_for, options):
-                cache = self.caches.pop(number)[1]
+        shape = replace(shape, latents=room(cfg, shape.latents))  # clips of any length share a window
+        self.caches = [(key, cache) for key, cache in self.caches if key[1].batch == shape.batch]  # for those of others there may be no room
+        for number, (key, cache) in enumerate(self.caches):
+            if key == (cfg, shape, options):
+                del self.caches[number]
                 cache.restart()
                 return cache
-        return KVCache(*made_for, **options)
+        return KVCache(cfg, shape, **options)
 
     def done(self, cache: KVCache) -> None:
-        """A stream has ended."""
-        if self.graphs is not None:
+        """A stream has ended, whether all of it was made or not."""
+        if "graphs" in self.taken:
             made = {"dtype": cache.values[0].dtype, "device": cache.values[0].device, "gradients": cache.gradients}
-            self.caches.append((((cache.cfg, cache.shape), made), cache))
+            self.caches.append(((cache.cfg, cache.shape, made), cache))
 
     def _pass(
         self, chunks: Sequence[Tensor], times: tuple[float, ...], text: TextKV, cache: Cache | None, *, clean: bool, kept: bool
@@ -201,13 +213,9 @@ class LeanDiT:
             finally:
                 cache.before, cache.view, cache.move = before
 
-        constant = [
-            *(table for view in views for table in (view.rotation, view.rows)),
-            *(rotation for _, rotation in move.turns),
-            *(part for pair in text for part in pair),
-        ]
-        key = (what, cache.token, *(view.key for view in views), move.key, *(tuple(chunk.shape) for chunk in chunks), text[0][0].shape)
-        return graphs.run(key, replaced, chunks, constant)
+        constant = [*(table for view in views for table in (view.rotation, view.rows)), *(rotation for _, rotation in move.turns)]
+        key = (what, *(view.key for view in views), move.key, *(tuple(chunk.shape) for chunk in chunks), text[0][0].shape)
+        return graphs.run(cache, key, replaced, chunks, constant, [part for pair in text for part in pair])
 
     def _flow(self, x_BFCHW: Tensor, rows_RM: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
         """What the head makes of the rows that leave the last layer."""
@@ -248,14 +256,14 @@ class LeanDiT:
 
     def _looking(self, layer: Layer, x_RM: Rows, size: tuple[int, int, int], cache: Cache | None, rotation: Tensor | None) -> Look:
         """How each chunk of a pass puts its keys and values in place and looks around."""
-        if self.kernels is not None and isinstance(cache, KVCache):
-            kernels, qkv = self.kernels, layer.qkv[0](x_RM).view(size[0], size[1] * size[2], -1)
+        if (kernel := self.kernels.get("place")) is not None and isinstance(cache, KVCache):
+            qkv = layer.qkv[0](x_RM).view(size[0], size[1] * size[2], -1)
 
             def placed(number: int, chunk: int, raw: bool) -> tuple[Tensor, Tensor, Tensor]:
                 view = cache.view if chunk + 1 == size[0] else cache.before
                 unrotated = cache.raw[number] if raw and cache.cfg.rope == "relative" else None
                 given = (view.rotation, view.rows, cache.rotated[number], unrotated, cache.values[number])
-                return kernels.place(qkv[chunk], layer.norm_qk, self.eps, *given), *view.seen[number]
+                return kernel(qkv[chunk], layer.norm_qk, self.eps, *given), *view.seen[number]
 
             return placed
         qk_R2M, v_RM = self._project(layer, x_RM)
@@ -296,8 +304,8 @@ class LeanDiT:
 
     def _modulate(self, x_RM: Tensor, shift: Tensor, gain: Tensor, eight: bool = False) -> Any:
         """LN(x) gain + shift; with `eight`, for a product of 8-bit floats, and kernels already quantised."""
-        if self.kernels is not None:
-            return self.kernels.modulate(x_RM, shift, gain, self.eps, eight=eight)
+        if (kernel := self.kernels.get("modulate")) is not None:
+            return kernel(x_RM, shift, gain, self.eps, eight=eight)
         if self.shortcuts.fused and x_RM.dtype == gain.dtype and gain.ndim == 1:
             return torch.layer_norm(x_RM, self.size, gain, shift, self.eps)
         normed = torch.layer_norm(x_RM, self.size, eps=self.eps)
@@ -305,8 +313,8 @@ class LeanDiT:
 
     def _add_and_norm(self, x_RM: Tensor, gate: Tensor | None, y_RM: Tensor, shift: Tensor, gain: Tensor) -> tuple[Tensor, Any]:
         """x + gate y, or x + y, and the modulated norm of it, for a product of the block."""
-        if self.kernels is not None:
-            return cast(tuple[Tensor, Any], self.kernels.add_and_modulate(x_RM, gate, y_RM, shift, gain, self.eps, eight=self.eight))
+        if (kernel := self.kernels.get("add_and_modulate")) is not None:
+            return cast(tuple[Tensor, Any], kernel(x_RM, gate, y_RM, shift, gain, self.eps, eight=self.eight))
         total = x_RM + y_RM if gate is None else self._gated(x_RM, gate, y_RM)
         return total, self._modulate(total, shift, gain)
 
@@ -317,8 +325,8 @@ class LeanDiT:
         return torch.addcmul(x_RM, gate, y_RM) if gate.ndim == 1 else torch.addcmul(_split(x_RM, gate), gate, _split(y_RM, gate)).view(x_RM.shape)
 
     def _gelu(self, x: Tensor) -> Rows:
-        if self.kernels is not None and self.eight:
-            return cast(float8.Rows8, self.kernels.quantised(x, gelu=True))
+        if self.eight and (kernel := self.kernels.get("quantised")) is not None:
+            return cast(float8.Rows8, kernel(x, gelu=True))
         if not self.sigmoid:
             return functional.gelu(x, approximate="tanh")
         return torch.addcmul(self.slope, x, x, value=0.044715 * SLOPE).mul_(x).sigmoid_().mul_(x)

@@ -14,7 +14,7 @@ Shapes: B batch, T pixel frames or frames of whatever rate, F latent frames, C c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rfbench import proof
 from rfbench.attention import attend
 from rfbench.backbones.base import TEMPORAL
 from rfbench.errors import UserError
@@ -131,12 +132,27 @@ def causal(conv: nn.Conv3d, x_BTHWC: Tensor, past: Past, norm: Norm | None = Non
     whole[:, :keep] = past.get(conv, 0)
     if norm is None:
         whole[:, keep:] = x_BTHWC
-    elif (triton := kernels(x_BTHWC.device)) is not None:
-        triton.norm_silu(x_BTHWC.contiguous(), norm.gamma.flatten(), norm.eps, out=whole[:, keep:])
+    elif (kernel := norm_silu(x_BTHWC)) is not None:
+        kernel(x_BTHWC.contiguous(), norm.gamma.flatten(), norm.eps, out=whole[:, keep:])
     else:
         torch.ops.aten.silu.out(norm(x_BTHWC), out=whole[:, keep:])
     past[conv] = whole[:, frames:].clone()
     return conv(whole.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+
+
+def norm_silu(x_BTHWC: Tensor) -> proof.Kernel | None:
+    """The kernel for norm and SiLU of such tensors, where kernels are taken and once it has proved itself."""
+    device, dtype, width = x_BTHWC.device, x_BTHWC.dtype, x_BTHWC.shape[-1]
+
+    def trial(kernel: proof.Kernel) -> Iterator[proof.Pair]:
+        norm = Norm(width).to(device, dtype)
+        norm.gamma.copy_(proof.drawn(width, 1, 1, 1, seed=0, device=device, dtype=dtype))
+        x = proof.drawn(2, 1, 2, 3, width, seed=1, device=device, dtype=dtype)
+        behind = torch.zeros_like(x).repeat(1, 2, 1, 1, 1)
+        kernel(x, norm.gamma.flatten(), norm.eps, out=behind[:, 1:])
+        yield behind, torch.cat([torch.zeros_like(x), functional.silu(norm(x))], 1), dtype
+
+    return proof.kernel("norm_silu", kernels(device), device, (width, dtype), trial)
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
