@@ -26,6 +26,8 @@ from tests import models
 
 PROMPTS = ["a red disc moves right quickly", "a blue square", "a green triangle moves up then down", "a cyan disc moves left slowly"]
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from rfbench.cli import main; main(sys.argv[1:])"  # whoever imports it fails
+
 
 def write_suite(folder: Path, name: str = "short", *, prompts: list[str] = PROMPTS, **fields: object) -> str:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
@@ -260,9 +262,6 @@ def test_ranks_that_were_launched_together_are_shards(student, suite, monkeypatc
         generate.generate(student, suite, name="launched", shard="1/2")
 
 
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from rfbench.cli import main; main(sys.argv[1:])"  # whoever imports it fails
-
-
 def test_a_run_that_is_whole_is_found_to_be_so_without_torch(student, suite, folders):
     """A run's whole command; what has to be made or was altered is still found."""
     directory = generate.generate(student, suite)
@@ -328,6 +327,16 @@ def test_a_sample_is_one_clip_of_one_seed(student, tmp_path):
     with pytest.raises(UserError, match=r"cannot be written as '\.png'"):
         generate.sample(student, PROMPTS[0], seed=0, frames=20, out=tmp_path / "none.png")
     assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.parametrize("out", ["/proc/x.mp4", "/proc/new/x.mp4", "{folder}", "{folder}/student.yaml/x.mp4"])
+def test_a_sample_that_cannot_be_written_is_refused_before_it_is_made(student, tmp_path, out):
+    """Without torch, so before any work; nothing is made on the way there."""
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-c", WITHOUT_TORCH, "sample", student, PROMPTS[0], "--out", out.format(folder=tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --out ") and done.stderr.endswith("name another place\n")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_prompt_switches_on_the_way_and_leaves_what_was_before(student, tmp_path):
