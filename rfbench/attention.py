@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -82,8 +83,8 @@ def missing(name: str, device: torch.device) -> str | None:
 def flash(name: str, q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, **more: Tensor) -> Tensor:
     """`flash_attn_func` of a package, which takes and gives [B, S, H, D]; some versions give the softmax's denominators beside it."""
     modules = FA3 if name == "fa3" else ("flash_attn",)
-    found = next(module for module in modules if importlib.util.find_spec(module))
-    out = importlib.import_module(found).flash_attn_func(q_BSHD, k_BKHD, v_BKHD, causal=False, **more)
+    there = (module for look in (sys.modules.get, importlib.util.find_spec) for module in modules if look(module))  # looking on disk takes long
+    out = importlib.import_module(next(there)).flash_attn_func(q_BSHD, k_BKHD, v_BKHD, causal=False, **more)
     return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
 

@@ -141,6 +141,8 @@ def test_packages_are_called_as_they_are_declared(name: str, module: str, pair: 
 
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(flash_attn_func=stand_in))
     has(monkeypatch, module)
+    if name == "fa3":
+        monkeypatch.setattr(attention, "FA3", (module,))
     monkeypatch.setattr(attention, "kernel", lambda device: name)
     q, k, v = (normal(2, size, 3, 8, seed=size).bfloat16() for size in (5, 7, 7))
     wanted = attention.KERNELS["math"](q.double(), k.double(), v.double(), None)
