@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+AGAIN = "; run the command that began it again"  # of a run that is not whole: the end of a sentence
+
 
 class UserError(Exception):
     """A request that cannot be carried out: one sentence that says what, where and what to do.

@@ -306,7 +306,7 @@ def other_video(run: Path) -> None:
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not done": (lambda run: set_run(run, status="running"), "is not finished, it is running"),
-    "failed": (lambda run: set_run(run, status="failed", error="disk full"), "it is failed (disk full)"),
+    "failed": (lambda run: set_run(run, status="failed", error="disk full"), "failed: disk full; run the command"),
     "no clips": (lambda run: (run / "clips.jsonl").write_text(""), "has 0 of 14 clips"),
     "clip lost": (lambda run: set_lines(run / "clips.jsonl", lambda lines: lines[1:]), "has 13 of 14 clips"),
     "video altered": (lambda run: (run / "videos" / "0002-1.mp4").write_bytes(b"other"), "clip 0002-1"),

@@ -20,7 +20,7 @@ from typing import Any
 
 from rfbench import config, records, timing
 from rfbench.config import Baseline, External
-from rfbench.errors import UserError
+from rfbench.errors import AGAIN, UserError
 from rfbench.records import Clip, Run, Score
 from rfbench.report import record
 from rfbench.report.record import Record, is_record
@@ -105,8 +105,8 @@ def finished(source: Path, verb: str, kept: Record | None = None) -> Run:
     if run.verb != verb:
         raise UserError(f"{source} holds a {run.verb} run where a {verb} run is needed")
     if run.status != records.DONE:
-        told = f" ({run.error})" if run.error else ""
-        raise UserError(f"{source} is not finished, it is {run.status}{told}; run the command that began it again")
+        told = f"{source} failed: {run.error}" if run.status == records.FAILED and run.error else f"{source} is not finished, it is {run.status}"
+        raise UserError(f"{told.removesuffix(AGAIN)}{AGAIN}")
     return run
 
 

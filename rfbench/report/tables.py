@@ -12,7 +12,7 @@ from typing import Any
 
 from rfbench.published import Reported
 from rfbench.report import claims
-from rfbench.report.cells import LEFT_OUT, NUMBER, Cell
+from rfbench.report.cells import INCOMPLETE, LEFT_OUT, NUMBER, Cell
 from rfbench.report.claims import Finding
 from rfbench.report.leaderboard import Board
 from rfbench.scorers.base import Metric
@@ -212,7 +212,9 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         head = ["contender"] + [f"{label(metric)} {arrow(board.metrics[metric])}" for metric in board.columns[column]]
         ranked, apart = divided(board, column)
         absent = left_out(board, column)
-        if ranked:
+        if not board.columns[column]:
+            parts.append("No contender has a number here.\n")
+        elif ranked:
             parts.append(markdown_table(head, [[in_markdown(name), *_markdown_cells(board, name, column)] for name in ranked]))
         if apart:
             parts.append("Open entries, which take no part in the ranking above:\n" if ranked else "No entry is closed:\n")
@@ -225,6 +227,8 @@ def to_markdown(board: Board, findings: Sequence[Finding], summary: str, command
         )
         caveats = "".join(f" {in_markdown(row.name)}: {caveat}." for row in board.rows for caveat in row.caveats)
         caveats += f" Not part of this table by the study's design: {in_markdown(', '.join(absent))}." if absent else ""
+        reasons = dict.fromkeys(reason for (_, place, _), (state, reason) in board.problems.items() if (place, state) == (column, INCOMPLETE))
+        caveats += "".join(f" Incomplete: {in_markdown(reason)}." for reason in reasons)
         parts.append(f"Brackets: {bracket}. Bold: best. = : not told from the best. † : optimised in training.{caveats}\n")
     if more:
         parts.append(more)
