@@ -2,7 +2,7 @@
 
     <run>/work/<writer>/{job.json, log.txt}    see rfbench.processes
     <run>/times.<writer>.jsonl                 a ClipTime per clip
-    <run>/failed.<writer>.jsonl                a Failed per clip that could not be made when it was last tried
+    <run>/failed.<writer>.jsonl                a Failed for each time that a clip could not be made; the last one counts, until the clip is made
 
 A runner hands over raw frames, so every system's videos are encoded alike; only frames of the right number and size become one.
 """
@@ -19,15 +19,18 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rfbench import baselines, config, envs, processes, provenance, records, strict, timing, video
 from rfbench.config import External
-from rfbench.errors import UserError
+from rfbench.errors import AGAIN, UserError
 from rfbench.processes import Outcome, Program
+from rfbench.progress import say
 from rfbench.records import Clip
 from rfbench.suites import Item, Prompt, Suite, clip_id, clip_seed
 from rfbench.weight_files import identity, resolve
 
+Pixels = npt.NDArray[np.uint8]
 RUNNERS = Path(__file__).parent / "runners"
 SHORT_S = 81 / 16  # the short class of clips, to which every system brings its own length
 TOLD = ("title", "weights", "parts", "license", "paper", "code", "saw", "startup_s", "clip_s")  # of a baseline, what no video depends on
@@ -91,11 +94,11 @@ class Ready:
         Raises:
             UserError: some failed, though everything was tried: a table over the others would be about another suite (code 1).
         """
-        failed = records.read_rows(directory / f"failed.{writer}.jsonl", Failed)
+        failed = failures(directory, writer)
         if failed:
             raise UserError(
-                f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); {directory / f'failed.{writer}.jsonl'} "
-                "has their logs, and the same command tries them again",
+                f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); their logs are in "
+                f"{directory / f'failed.{writer}.jsonl'}{AGAIN}",
                 code=1,
             )
         from rfbench import hardware
@@ -177,12 +180,19 @@ def make(
     writer: str,
     seed_of: Callable[[int, int, int], int] = clip_seed,
 ) -> Iterator[list[Clip]]:
-    """Make the clips that are to do, in order: for each of them its row, or none if it failed; who failed is in `failed.<writer>.jsonl`.
+    """Make the clips that are to do: for each of them its row, or none if it failed; who failed is said, and is in `failed.<writer>.jsonl`.
+
+    They come in order, but that those which failed when they were last tried come last, so that everything gets its turn.
 
     Raises:
         UserError: the runner does not start, or fails time after time (code 1); the disk is full (code 1).
     """
     frames = frames_of(ready.cfg, asked, ready.name)
+    failed = failures(directory, writer)
+    before = {row.clip for row in failed}
+    todo = sorted(todo, key=lambda item: clip_id(item[0].id, item[1]) in before)
+    if before:
+        say(f"clips that failed before and come last: {len(before)}")
     work = directory / "work" / writer
     items, what = [], {}
     for prompt, sample in todo:
@@ -191,7 +201,7 @@ def make(
         items.append({"id": name, "prompt": prompt.given, "seed": seed, "frames": frames, "out": str(work / f".{name}.tmp.npy")})
         size = (frames, ready.fps, ready.cfg.height, ready.cfg.width)
         what[name] = Clip(name, prompt.id, sample, prompt.text, prompt.given, seed, *size, f"videos/{name}.mp4", "")
-    records.write_rows(directory / f"failed.{writer}.jsonl", [])
+    records.write_rows(directory / f"failed.{writer}.jsonl", failed)
     with (
         records.appending(directory / f"failed.{writer}.jsonl") as fail,
         records.appending(directory / f"times.{writer}.jsonl") as tell,
@@ -201,10 +211,12 @@ def make(
             try:
                 if outcome.error is not None:
                     raise _NotMadeError(outcome.error)
+                pixels = _frames(raw, clip)
                 time = _time(outcome, frames)
-                _encode(raw, clip, directory)
+                _encode(pixels, clip, directory)
             except _NotMadeError as error:
                 fail(Failed(outcome.id, str(error), outcome.log, provenance.now()))
+                say(f"clip {outcome.id} failed: {error}")
                 yield []
             else:
                 tell(time)
@@ -234,28 +246,34 @@ def _time(outcome: Outcome, frames: int) -> ClipTime:
     return ClipTime(outcome.id, frames, stamps[-1][0], stamps, peak)
 
 
-def _encode(raw: Path, clip: Clip, directory: Path) -> None:
-    """Raw frames as a video, if they are what was asked for.
+def _frames(raw: Path, clip: Clip) -> Pixels:
+    """What a runner left, [T, H, W, 3].
 
     Raises:
-        _NotMadeError: there are none, or of another number, size or type.
+        _NotMadeError: there is nothing, or it is of another number, size or type.
     """
     try:
-        frames = np.load(raw, mmap_mode="r", allow_pickle=False)
+        frames: Pixels = np.load(raw, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise _NotMadeError(f"the runner left no frames ({error})") from None
     wanted = (clip.frames, clip.height, clip.width, 3)
     if frames.shape != wanted or frames.dtype != np.uint8:
         found = f"{frames.shape} of {frames.dtype}"
         raise _NotMadeError(f"the runner made frames {found}, not {wanted} of uint8")
+    return frames
+
+
+def _encode(frames: Pixels, clip: Clip, directory: Path) -> None:
     with video.writing(directory / clip.file, fps=clip.fps, height=clip.height, width=clip.width) as write:
         for first in range(0, clip.frames, 16):
             write(np.asarray(frames[first : first + 16]))
 
 
-def failures(directory: Path) -> list[Failed]:
-    """The clips of a run that could not be made when they were last tried."""
-    return [row for path in sorted(directory.glob("failed.*.jsonl")) for row in records.read_rows(path, Failed)]
+def failures(directory: Path, writer: str = "*") -> list[Failed]:
+    """The clips of a run that could not be made when they were last tried; those of one writer, or all."""
+    made = {clip.id for clip in records.read_clips(directory)}
+    rows = {row.clip: row for path in sorted(directory.glob(f"failed.{writer}.jsonl")) for row in records.read_rows(path, Failed)}
+    return [row for row in rows.values() if row.clip not in made]
 
 
 def times(directory: Path) -> list[ClipTime]:

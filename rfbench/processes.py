@@ -25,7 +25,8 @@ from rfbench import envs, records
 from rfbench.errors import UserError
 
 WORKER = Path(__file__).parent / "runners" / "worker.py"
-BARREN = 3  # workers in a row that got nothing done: then it is not the items
+BARREN = 3  # workers in a row that got nothing done, while none has got anything done: then it is not the items
+DEATHS = 16  # the same where something was done before: many items in a row may be too much, but not any number of them
 LEAVE_S = 30.0  # for a worker to end after its last item
 
 
@@ -64,16 +65,20 @@ def work(program: Program, items: Sequence[Mapping[str, Any]], folder: Path) -> 
     left = {str(item["id"]): item for item in items}
     if len(left) != len(items):
         raise ValueError("two items have the same id")
-    barren = 0
+    barren, most = 0, BARREN
     while left:
         fruitful, last = False, "it ended without a word"
         for outcome in _session(program, list(left.values()), folder):
             del left[outcome.id]
             fruitful, last = fruitful or outcome.error is None, outcome.error or last
             yield outcome
-        barren = 0 if fruitful else barren + 1
-        if left and barren == BARREN:
-            raise UserError(f"{program.runner.name} failed {BARREN} times in a row ({last}); its log is {folder / 'log.txt'}", code=1)
+        barren, most = (0, DEATHS) if fruitful else (barren + 1, most)
+        if left and barren == most:
+            raise UserError(
+                f"{program.runner.name} failed {barren} times in a row ({last}), so that {len(left)} of {len(items)} were not tried; "
+                f"its log is {folder / 'log.txt'}",
+                code=1,
+            )
 
 
 def _session(program: Program, items: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[Outcome]:
@@ -93,7 +98,7 @@ def _session(program: Program, items: Sequence[Mapping[str, Any]], folder: Path)
                 yield Outcome(current, said["row"], seconds=said["seconds"])
                 current = None
             elif current is not None and said.get("failed") == current:
-                yield Outcome(current, error=said["error"], seconds=time.monotonic() - since, log=_tail(log, printed))
+                yield Outcome(current, error=said["error"], seconds=time.monotonic() - since, log=_tail(log, printed, said["log"]))
                 current = None
             else:
                 if current is not None:
@@ -118,7 +123,7 @@ class _Worker:
         self.rows, far = os.pipe()
         with (self.folder / "log.txt").open("ab") as log:
             self.begun = log.tell()
-            command = [str(self.program.python), "-I", str(WORKER), str(self.folder / "job.json"), str(far)]
+            command = [str(self.program.python), "-I", "-X", "faulthandler", str(WORKER), str(self.folder / "job.json"), str(far)]
             options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
             try:  # its stdin is the lifeline: nothing is ever written to it, and it ends with this process
                 self.process = subprocess.Popen(command, cwd=self.program.cwd, env=envs.environ(**self.program.variables), pass_fds=(far,), **options)
@@ -173,11 +178,14 @@ def _why(said: Mapping[str, Any], limit: float, what: str) -> str:
     return f"ended with exit code {code}"
 
 
-def _tail(log: Path, since: int, lines: int = 20) -> str:
+def _tail(log: Path, since: int, until: int | None = None, lines: int = 20) -> str:
+    """The last lines of a part of the log."""
     with log.open("rb") as file:
-        file.seek(max(since, log.stat().st_size - (1 << 14)))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        end = log.stat().st_size if until is None else until
+        start = max(since, end - (1 << 14))
+        file.seek(start)
+        return "\n".join(file.read(end - start).decode(errors="replace").splitlines()[-lines:])
 
 
 def _last_line(log: Path, since: int) -> str:
-    return (_tail(log, since, 1) or "it printed nothing")[:300]
+    return (_tail(log, since, lines=1) or "it printed nothing")[:300]

@@ -143,6 +143,7 @@ def test_a_study_with_a_contender_of_another_interpreter(fake, folders):
         reproduce.reproduce(str(path), limit=2)
     rows = (folders / "reports" / "mixed" / "leaderboard.csv").read_text().splitlines()
     assert {row.split(",")[0] for row in rows[1:] if ",number," in row} == {"base"}
+    assert "Incomplete: mixed/fake/four failed: 1 of 2 clips failed (first" in (folders / "reports" / "mixed" / "README.md").read_text()
     (fake / "broken").unlink()
     left = by_name(budget.estimate(plan))["fake"]
     assert (left.clips, left.there, left.fps, left.disk_measured) == (2, 1, 9 / 1.5, True)  # stamps end at 1.5 s

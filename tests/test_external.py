@@ -163,12 +163,11 @@ def test_shards_make_the_same_clips(fake):
 
 def test_what_fails_is_told_and_tried_again_and_the_rest_is_made(fake):
     (fake / "broken").touch()
-    with pytest.raises(
-        UserError, match=r"^8 of 10 clips failed \(first 0001-0: the worker ended with exit code 1\); .*failed\.alone\.jsonl"
-    ) as raised:
+    told = r"^8 of 10 clips failed \(first 0001-0: the worker ended with exit code 1\); their logs are in .*failed\.alone\.jsonl; run the command"
+    with pytest.raises(UserError, match=told) as raised:
         make(fake, "words.jsonl")
     assert raised.value.code == 1
-    directory = Path(str(raised.value).partition("; ")[2].partition("/failed.alone")[0])
+    directory = Path(str(raised.value).partition(" are in ")[2].partition("/failed.alone")[0])
     assert records.read_run(directory).status == records.FAILED
     assert [clip.id for clip in records.read_clips(directory)] == ["0000-0", "0009-0"]
     reasons = {row.clip: row.error for row in external.failures(directory)}
@@ -184,6 +183,23 @@ def test_what_fails_is_told_and_tried_again_and_the_rest_is_made(fake):
     clips = {clip.id: clip.sha256 for clip in records.read_clips(directory)}
     assert records.read_run(directory).status == records.DONE and len(clips) == 10 and not external.failures(directory)
     assert kept.items() <= clips.items()
+
+
+def test_those_that_failed_come_last_when_they_are_tried_again(fake, capsys):
+    """So that clips which end one worker after another keep nobody from his turn; who was not tried again keeps his reason."""
+    (fake / "four.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a dies", "b dies", "c dies", "d dies", "e good")))
+    (fake / "broken").touch()
+    with pytest.raises(UserError, match=r"fake\.py failed 3 times in a row \(the worker ended with exit code 1\), so that 2 of 5 were not tried"):
+        make(fake)
+    assert "clip 0002-0 failed: the worker ended with exit code 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^4 of 5 clips failed") as raised:
+        make(fake)
+    assert "clips that failed before and come last: 3" in capsys.readouterr().err
+    directory = Path(str(raised.value).partition(" are in ")[2].partition("/failed.alone")[0])
+    assert [clip.id for clip in records.read_clips(directory)] == ["0004-0"]
+    with pytest.raises(UserError, match="failed 3 times in a row"):
+        make(fake)
+    assert sorted(row.clip for row in external.failures(directory)) == [f"000{number}-0" for number in range(4)]
 
 
 @pytest.mark.parametrize(("frames", "fps", "made"), [(81, 16, 9), (5, 16, 9), (97, 16, 73), (160, 16, 121), (161, 16, 121)])

@@ -94,7 +94,7 @@ def test_an_item_that_fails_costs_itself_alone(program, tmp_path, how):
     a, b, c = outcomes(program, items, tmp_path, item_s=2 if how in ("hangs", "supervisor dies") else 20)
     assert (a.row, b.row, c.row) == ({"twice": 2}, None, {"twice": 6})
     assert b.error is not None and reason in b.error and "\n" not in b.error
-    assert "working on b" in b.log and "working on a" not in b.log, "the log of this item, not of the one before"
+    assert "working on b" in b.log and "working on a" not in b.log and "working on c" not in b.log, "the log of this item, not of another"
     assert loads(tmp_path) == starts, "only what spoils a process costs another start"
 
 
@@ -167,10 +167,14 @@ def test_a_worker_that_does_not_start_is_one_sentence(program, tmp_path):
 def test_it_is_not_tried_for_ever(program, tmp_path):
     items = [{"id": str(i), "do": "os._exit(9)"} for i in range(6)]
     found = []
-    with pytest.raises(UserError, match=r"runner\.py failed 3 times in a row \(the worker ended with exit code 9\); its log is") as raised:
+    with pytest.raises(
+        UserError, match=r"runner\.py failed 3 times in a row \(the worker ended with exit code 9\), so that 3 of 6 were not tried; its log is"
+    ) as raised:
         for outcome in work(program, items, tmp_path):
             found.append(outcome.id)
     assert found == ["0", "1", "2"] and raised.value.code == 1
+    after = outcomes(program, [{"id": "fine"}, *items], tmp_path)
+    assert [outcome.error is None for outcome in after] == [True] + [False] * 6, "what worked once is given up later"
     fine = [{"id": str(i), "do": "os._exit(9)" if i % 2 else ""} for i in range(8)]
     assert [outcome.error is None for outcome in outcomes(program, fine, tmp_path)] == [True, False] * 4, "but for as long as something gets done"
 

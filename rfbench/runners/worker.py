@@ -6,7 +6,7 @@ The runner is a file with a function `load(settings)` that returns a function `r
 item's row. Messages go to file descriptor FD (else to stdout), one JSON document per line:
 
     {"ready": seconds}  {"begin": id, "log": bytes printed so far}  {"done": id, "row": ..., "seconds": s}
-    {"failed": id, "error": "..."}  {"end": exit code}
+    {"failed": id, "error": "...", "log": bytes printed so far}  {"end": exit code}
 
 This process forks at once: its child does the work, and it waits for either the child or the end of stdin, which whoever
 started it holds open. Without him nothing of the process group survives, even if the child never comes back from a call.
@@ -70,10 +70,12 @@ def work(job_file: str, rows: int) -> None:
             row = run(item)
             say(rows, done=item["id"], row=row, seconds=time.monotonic() - begun)
         except Exception as error:
+            sys.stdout.flush()
             traceback.print_exc()
-            say(rows, failed=item["id"], error="{}: {}".format(type(error).__name__, " ".join(str(error).split()))[:1000])
+            sys.stderr.flush()
+            why = "{}: {}".format(type(error).__name__, " ".join(str(error).split()))[:1000]
+            say(rows, failed=item["id"], error=why, log=os.fstat(2).st_size)
             if spoils(error):
-                sys.stderr.flush()
                 os._exit(4)
         sys.stdout.flush()
         sys.stderr.flush()
