@@ -40,7 +40,7 @@ from rfbench.settings import Shortcuts
 BASELINE = "wan/reward-forcing"
 BANDWIDTH = {"H100 SXM": 3.35e12, "H200 SXM": 4.8e12}  # bytes per second, as NVIDIA prints them
 ISSUED = 132 * 4 * 1.83e9  # instructions of a warp per second, on either: schedulers times the clock of the printed peaks
-DECODING = ("norm_silu", "as_uint8")  # kernels between convolutions, and behind them
+DECODING = ("rms silu", "as_uint8")  # kernels between convolutions, and behind them
 STEADY = 2  # the chunk that finds a full window: from there on all have the same launches
 META = torch.device("meta")
 

@@ -3,8 +3,8 @@
 Where the products are of 8-bit floats (`rfbench.backbones.wan.float8`), what comes out for them is quantised on the way.
 
 Tested with Triton's interpreter on a CPU, and compiled ahead of time for sm_90 as a chunk at full size launches them; none of them has run
-on a GPU yet. `benchmarks.launches` tells what they move and what bounds them: of a chunk of the 1.3B student (five passes) at least 10.5 ms of
-an H100's bandwidth, and 6.0 ms of its decoding.
+on a GPU yet. `benchmarks.launches` tells what they move and what bounds them: a chunk of the 1.3B student (five passes) is at least 11.8 ms of
+an H100's bandwidth, and its decoding 6.0 ms.
 
 Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has room for, M width, h heads, D head width, G groups of rows.
 """
@@ -226,7 +226,7 @@ def quantised(x_RM: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _rms(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr):
     clip, row = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None]
     there = (row < rows) & (channel < WIDTH)
@@ -234,16 +234,26 @@ def _norm_silu(x, gain, out, rows, stride, eps, WIDTH: tl.constexpr, BLOCK: tl.c
     value = tl.load(x + clip * rows * WIDTH + at, there, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / WIDTH + eps)
     value = value * scale * tl.load(gain + channel, channel < WIDTH, 0.0).to(tl.float32)
-    tl.store(out + clip * stride + at, value * _sigmoid(value), there)
+    if SILU:
+        value = value * _sigmoid(value)
+    tl.store(out + clip * stride + at, value, there)
 
 
 def norm_silu(x_BTHWC: Tensor, gain_C: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """SiLU of the RMS norm over the last axis: the autoencoder's, one pixel a row. `x_BTHWC` is contiguous, and every clip of `out` is."""
-    out, width = torch.empty_like(x_BTHWC) if out is None else out, x_BTHWC.shape[-1]
-    rows = x_BTHWC[0].numel() // width
-    block = triton.next_power_of_2(width)
-    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": block, "ROWS": max(1, 4096 // block), "num_warps": 4}
-    _norm_silu[(triton.cdiv(rows, sizes["ROWS"]), len(x_BTHWC))](x_BTHWC, gain_C, out, rows, out.stride(0), eps, **sizes, **PLAIN)
+    return _scaled(x_BTHWC, gain_C, eps, torch.empty_like(x_BTHWC) if out is None else out, silu=True)
+
+
+def rms_norm(x_RM: Tensor, gain_M: Tensor, eps: float) -> Tensor:
+    """The RMS norm of contiguous rows times a gain, in the gain's dtype."""
+    return _scaled(x_RM[None], gain_M, eps, torch.empty_like(x_RM, dtype=gain_M.dtype)[None], silu=False)[0]
+
+
+def _scaled(x: Tensor, gain: Tensor, eps: float, out: Tensor, *, silu: bool) -> Tensor:
+    width = x.shape[-1]
+    rows, block = x[0].numel() // width, triton.next_power_of_2(width)
+    sizes: dict[str, Any] = {"WIDTH": width, "BLOCK": block, "ROWS": max(1, 4096 // block), "SILU": silu, "num_warps": _warps(max(4096, block))}
+    _rms[(triton.cdiv(rows, sizes["ROWS"]), len(x))](x, gain, out, rows, out.stride(0), eps, **sizes, **PLAIN)
     return out
 
 

@@ -114,7 +114,7 @@ def test_a_stream_by_kernels_is_that_of_torch(what: Eight, monkeypatch: pytest.M
     monkeypatch.setattr("rfbench.backbones.wan.lean.ON", {})
     tiny = Tiny(WIDE, height=2, width=4).to(DEVICE)
     lean = LeanDiT(tiny.denoiser, Shortcuts(kernels=True, graphs=False), eight=[what])
-    assert set(lean.kernels) == {"place", "modulate", "add_and_modulate", "quantised" if what == "products" else "quantised_heads"}
+    assert set(lean.kernels) == {"place", "modulate", "add_and_modulate", "rms_norm", "quantised" if what == "products" else "quantised_heads"}
     exact, plain = (clip(tiny, LeanDiT(tiny.denoiser, Shortcuts(kernels=False, graphs=False), eight=eight)) for eight in ([], [what]))
     assert distance(clip(tiny, lean), plain) < distance(plain, exact)  # a value between two numbers goes now to the one, now to the other
 

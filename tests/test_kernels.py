@@ -73,6 +73,15 @@ def test_residual_gate_norm_and_modulation_are_one(dtype: torch.dtype, within: f
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_rows_are_normed_and_come_in_the_dtype_of_the_gain(dtype: torch.dtype, within: float) -> None:
+    x, gain = drawn(7, 36, seed=0, dtype=dtype), drawn(36, seed=1)
+    wanted = functional.rms_norm(x.double(), (36,), gain.double(), EPS)
+    for kept, apart in ((dtype, within), (torch.float32, 1e-6)):
+        found = kernels.rms_norm(x, gain.to(kept), EPS)
+        assert found.dtype == kept and distance(found, wanted) < apart
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 def test_the_autoencoders_norm_and_silu_are_one(dtype: torch.dtype, within: float) -> None:
     x, gain = drawn(2, 3, 5, 12, seed=0, dtype=dtype), drawn(12, seed=1, dtype=dtype)
     wanted = functional.silu(functional.rms_norm(x.double(), (12,), gain.double(), 1e-24))

@@ -216,7 +216,7 @@ def test_a_pass_of_kernels_is_the_plain_one(as_on_a_gpu: None) -> None:
     tiny = Tiny(height=2, width=4).to(DEVICE)
     cfg = SamplerCfg((1000,), 5.0, chunk=1, cache=CacheCfg("static_sink", window=2, sink=1))
     lean = LeanDiT(tiny.denoiser, replace(NONE, merged=True, kernels=True, joint=True, context=True))
-    assert set(lean.kernels) == {"place", "modulate", "add_and_modulate"}
+    assert set(lean.kernels) == {"place", "modulate", "add_and_modulate", "rms_norm"}
     assert distance(clips(cfg, lean, tiny, 3, "a"), clips(cfg, LeanDiT(tiny.denoiser, NONE), tiny, 3, "a")) < 2e-6
 
 
@@ -330,6 +330,7 @@ BROKEN = {  # kernel -> what it is off by
     "place": lambda queries: queries.roll(1, 1),
     "modulate": lambda out: 1.05 * out,
     "add_and_modulate": lambda out: (out[0], out[1] + 0.1),
+    "rms_norm": lambda out: out + 0.1,
 }
 
 

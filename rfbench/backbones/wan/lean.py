@@ -296,6 +296,8 @@ class LeanDiT:
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """RMS norm over the width, times a gain [M] or [2, M]."""
+        if gain.ndim == 1 and (kernel := self.kernels.get("rms_norm")) is not None:
+            return cast(Tensor, kernel(x, gain, self.eps))
         if not self.shortcuts.fused:
             return functional.rms_norm(x.to(gain.dtype), self.size, eps=self.eps) * gain
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

@@ -28,7 +28,7 @@ def proven(lean: Any) -> dict[str, Kernel]:
     Raises:
         UserError: kernels are asked for, and one of them fails (code 1).
     """
-    trials = {"place": _place, "modulate": _modulate, "add_and_modulate": _add_and_modulate}
+    trials = {"place": _place, "modulate": _modulate, "add_and_modulate": _add_and_modulate, "rms_norm": _rms_norm}
     trials |= ({"quantised": _quantised} if lean.eight else {}) | ({"quantised_heads": _quantised_heads} if lean.looks_by_eight else {})
     device, cfg = lean.model.head.modulation.device, lean.model.cfg
     sizes = (cfg.dim, cfg.ffn_dim, lean.heads, lean.eps, lean.eight, *_dtypes(lean))
@@ -83,6 +83,12 @@ def _add_and_modulate(lean: Any, kernel: Kernel) -> Pairs:
             wanted, normed = lean._add_and_norm(x, gate, y, shift, gain)
             yield total, wanted, total.dtype
             yield (out, float8.quantised(normed), EIGHT) if lean.eight else (out, normed, total.dtype)
+
+
+def _rms_norm(lean: Any, kernel: Kernel) -> Pairs:
+    (own, kept), width = _dtypes(lean), lean.size[0]
+    x, gain = _drawn(lean, CLIPS * TOKENS, width, seed=8, dtype=own), _drawn(lean, width, seed=9, dtype=kept)
+    yield kernel(x, gain, lean.eps), lean._norm(x, gain), torch.promote_types(own, kept)
 
 
 def _quantised(lean: Any, kernel: Kernel) -> Pairs:
