@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rfbench.backbones.known import KNOWN
 from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.records import RANDOM
-from rfbench.weight_files import identity, resolve
+from rfbench.weight_files import commits, identity, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ class Prepared:
     weights: Path | None  # None: random
     parts: tuple[tuple[str, str], ...] = ()  # what the backbone brings along: role and sha256
     reduced: bool = False  # random weights of a small network of the same architecture
+    origin: Mapping[str, Any] = field(default_factory=dict)  # `weight_files.commits` of all of these, for the record
 
     @functools.cached_property
     def weights_sha256(self) -> str:
@@ -107,7 +108,9 @@ def prepare(
         return Prepared(name, cfg, None, reduced=reduced and accepts(cfg.backbone, "reduced"))
     weights = resolve(cfg.weights, path)
     parts = parts_of(cfg.backbone, **_settings(cfg))
-    return Prepared(name, cfg, weights, tuple((role, identity(resolve(part, path), part)) for role, part in parts.items()))
+    found = {role: (part, resolve(part, path)) for role, part in parts.items()}
+    hashes = tuple((role, identity(place, part)) for role, (part, place) in found.items())
+    return Prepared(name, cfg, weights, hashes, origin=commits({"weights": (cfg.weights, weights), **found}))
 
 
 def _refuse_float8(cfg: Baseline, baseline: str) -> None:

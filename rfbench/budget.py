@@ -22,7 +22,7 @@ from rfbench import baselines, config, external, fetch, hardware, profiling, pub
 from rfbench.baselines import Prepared
 from rfbench.config import Baseline, External, Recipe
 from rfbench.errors import UserError
-from rfbench.fetch import Item
+from rfbench.items import Item, items_of, items_of_recipe, items_of_scorer, items_of_suite
 from rfbench.records import Clip
 from rfbench.report import evidence
 from rfbench.settings import settings
@@ -261,15 +261,15 @@ def _downloads(plan: Plan) -> Iterator[Download]:
 
     for member in plan.members:
         if member.training is None:
-            want(fetch.items_of(member.cfg), member.name.partition("/")[2], f"rfbench fetch {member.baseline}")
+            want(items_of(member.cfg), member.name.partition("/")[2], f"rfbench fetch {member.baseline}")
     for training in plan.trainings:
-        for item in fetch.items_of_recipe(training.cfg):
+        for item in items_of_recipe(training.cfg):
             which = f"--include '{item.file}'" if item.several else item.file
             want([item], training.name.partition("/")[2], f"hf download {item.repo} {which} --local-dir {settings().weights / item.repo}")
     for suite in dict.fromkeys(name for member in plan.members for name in member.suites):
-        want(fetch.items_of_suite(suite), suite, f"rfbench fetch {suites.split(suite)[0]}")
+        want(items_of_suite(suite), suite, f"rfbench fetch {suites.split(suite)[0]}")
     for scorer in plan.study.scorers:
-        want(fetch.items_of_scorer(scorer), scorer, f"rfbench fetch {scorer}")
+        want(items_of_scorer(scorer), scorer, f"rfbench fetch {scorer}")
     for item, (who, command) in wanted.items():
         if not fetch.right(settings().weights / item.repo, item):
             yield Download(item.repo, item.file, item.bytes, tuple(who), command)

@@ -283,9 +283,8 @@ def report(
         return
     from rfbench import report as verb
 
-    directories = [_run(run) for run in runs or []]
     folder = settings().reports / (config.name_of(study) if study else "")  # a study's report lies where `reproduce` puts it
-    _print_path(verb.report(directories, study=study, out=out or folder, record=record, check=check, embed=embed), as_json)
+    _print_path(verb.report([_run(run) for run in runs or []], study=study, out=out or folder, record=record, check=check, embed=embed), as_json)
 
 
 def _audit(as_json: bool, *, other: bool) -> None:
@@ -357,8 +356,9 @@ def fetch(
 ) -> None:
     """Weights of a baseline or a scorer, and prompts of a suite that are not ours to ship; sizes and licences are shown first."""
     from rfbench import fetch as verb
+    from rfbench.items import items_named
 
-    paths = [str(path) for path in verb.fetch(verb.items_named(name), mirror=mirror, yes=yes, dry_run=dry_run)]
+    paths = [str(path) for path in verb.fetch(items_named(name), mirror=mirror, yes=yes, dry_run=dry_run)]
     for line in [json.dumps(paths, ensure_ascii=False)] if as_json else paths:
         print(line)
 

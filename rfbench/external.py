@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +28,7 @@ from rfbench.processes import Outcome, Program
 from rfbench.progress import say
 from rfbench.records import Clip
 from rfbench.suites import Item, Prompt, Suite, clip_id, clip_seed
-from rfbench.weight_files import identity, resolve
+from rfbench.weight_files import commits, identity, resolve
 
 Pixels = npt.NDArray[np.uint8]
 RUNNERS = Path(__file__).parent / "runners"
@@ -66,6 +66,7 @@ class Ready:
     program: Program
     sha256: dict[str, str]  # of the weights, by role
     environment: str  # its definition
+    origin: Mapping[str, Any] = field(default_factory=dict)  # `weight_files.commits` of the weights, for the record
 
     @property
     def fps(self) -> int:
@@ -81,8 +82,8 @@ class Ready:
         baselines.device()
 
     def facts(self) -> dict[str, Any]:
-        """What a run records: the environment that is there, and the protocol that is the system's own."""
-        return {"environment": strict.as_plain(envs.found(self.cfg.env)), "protocol": self.cfg.protocol}
+        """What a run records: the environment that is there, the protocol that is the system's own, the commits of the weights."""
+        return {"environment": strict.as_plain(envs.found(self.cfg.env)), "protocol": self.cfg.protocol, **self.origin}
 
     def make(self, asked: Suite, todo: Sequence[Item], directory: Path, writer: str) -> Iterator[tuple[int, list[Clip]]]:
         """One clip at a time, or none where it failed, see `make`."""
@@ -132,7 +133,8 @@ def prepare(baseline: str, overrides: Sequence[str] = (), *, name: str | None = 
     settings |= {"source": str(envs.home(cfg.env) / "src"), "steps": list(cfg.steps), "height": cfg.height, "width": cfg.width, "fps": cfg.fps}
     program = Program(python, runner, settings | cfg.settings, cfg.startup_s, cfg.clip_s)
     hashes = {role: identity(place, wanted[role]) for role, place in found.items()}
-    return Ready(name or config.name_of(baseline), cfg, program, hashes, envs.load(cfg.env)[1])
+    origin = commits({role: (wanted[role], place) for role, place in found.items()})
+    return Ready(name or config.name_of(baseline), cfg, program, hashes, envs.load(cfg.env)[1], origin)
 
 
 def frames_of(cfg: External, asked: Suite, name: str) -> int:

@@ -3,6 +3,7 @@
     <weights>/<owner>/<repository>/<file>
 
 A file comes from a mirror directory of the same layout if one is named, else from the hub's own cache on this machine, else from the hub.
+A branch is looked up once: its commit is written beside the files (`.commits.json`), whatever else comes of it is of that commit, and runs record it.
 It appears under its name when it is complete and right; until then it is `.<file>.<etag>.part`, from which the next call goes on
 (hf_hub_download would start over). Lists of prompts come from GitHub, at a commit and by their sha256. HF_HOME, HF_ENDPOINT,
 HF_HUB_OFFLINE and HF_TOKEN mean what they mean to huggingface_hub.
@@ -28,71 +29,17 @@ from rich.filesize import decimal
 from rich.prompt import Confirm
 from rich.table import Table
 
-from rfbench import config, recipes, suites, weight_files
-from rfbench.config import Baseline, External, Recipe, WeightsCfg
+from rfbench import weight_files
 from rfbench.errors import UserError
+from rfbench.items import Item
 from rfbench.progress import say
 from rfbench.records import atomic, sha256_of, write_json
-from rfbench.scorers.base import SCORERS
 from rfbench.settings import settings
-from rfbench.strict import load_plain
-from rfbench.vbench import prompts
+from rfbench.strict import as_plain
 
 SHA256 = re.compile("[0-9a-f]{64}")
 INDEX = "*.safetensors.index.json"
 Told = tuple[str, int | None, str]  # by the hub of a file: path, size, ETag
-
-
-@dataclass(frozen=True)
-class Item:
-    """A file of a Hugging Face repository; or several, by a pattern (`model-*.safetensors`), as a folder of safetensors files, or as all
-    that a folder holds (`folder/**`)."""
-
-    repo: str  # <owner>/<name>
-    file: str
-    revision: str = "main"
-    bytes: int | None = None  # of all files together
-    sha256: str | None = None  # as `weight_files.sha256_of` gives it
-    licence: str = "not stated"
-    gated: bool = False  # its authors want to be asked first
-    github: bool = False  # a repository there, at the commit `revision`; a single file with its sha256
-
-    def __post_init__(self) -> None:
-        parts = PurePosixPath(self.file).parts
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) or ".." in (*self.repo.split("/"), *parts) or parts[:1] in ((), ("/",)):
-            raise UserError(f"'{self.file}' of '{self.repo}' is not a file of a repository, <owner>/<name>")
-
-    @property
-    def several(self) -> bool:
-        """Whether it is a pattern or a folder."""
-        return "*" in self.file or not PurePosixPath(self.file).suffix
-
-    @property
-    def tree(self) -> bool:
-        """Whether it is all that a folder holds."""
-        return PurePosixPath(self.file).name == "**"
-
-    @property
-    def path(self) -> Path:
-        """Where it belongs."""
-        return settings().weights / self.repo / self.file
-
-    @property
-    def host(self) -> str:
-        """Who has it."""
-        from huggingface_hub import constants
-
-        return prompts.GITHUB if self.github else constants.ENDPOINT
-
-    @property
-    def url(self) -> str:
-        """Where a single file is."""
-        from huggingface_hub import hf_hub_url
-
-        return f"{self.host}/{self.repo}/{self.revision}/{self.file}" if self.github else hf_hub_url(self.repo, self.file, revision=self.revision)
-
-
-LICENCES = {"Wan-AI/Wan2.1-T2V-1.3B": "apache-2.0", "Wan-AI/Wan2.2-TI2V-5B": "apache-2.0"}  # of what backbones take from there
 
 
 @dataclass(frozen=True)
@@ -119,67 +66,6 @@ class Source:
         return (self.size or 0) - (self.part.stat().st_size if self.part.exists() else 0)
 
 
-def items_named(name: str) -> list[Item]:
-    """What a scorer, a suite or a baseline of this name needs, or one of a file; VBench is a scorer and a suite.
-
-    Raises:
-        UserError: there is nothing of this name, or its file is not valid.
-    """
-    if name in SCORERS or _is_suite(name):
-        if name in SCORERS and name.startswith("vbench"):
-            say("the weights of VBench's networks come from where VBench takes them: `rfbench doctor` has the command for each that is missing")
-        return [*items_of_scorer(name), *(items_of_suite(name) if _is_suite(name) else [])]
-    kind: Any = External if config.is_external(name) else Baseline
-    return items_of(config.load(kind, name))
-
-
-def _is_suite(name: str) -> bool:
-    if name in suites.SUITES or name.endswith(".jsonl"):
-        return True
-    return name.endswith((".yaml", ".yml")) and "prompts" in load_plain(config.find(Baseline, name), (), Baseline)
-
-
-def items_of(cfg: Baseline | External) -> list[Item]:
-    """What a baseline needs: its weights and their adapter, unless they are made or shipped here, and the parts of its backbone."""
-    from rfbench.backbones.base import parts_of
-
-    own = cfg.weights
-    if isinstance(cfg, External):
-        return _items(cfg.license.weights, own, *cfg.parts.values())
-    adapter = replace(own, file=own.lora.file, bytes=own.lora.bytes, sha256=own.lora.sha256) if own.lora else None
-    parts = parts_of(cfg.backbone, decoder=cfg.decoder)
-    return [*_items(cfg.license.weights, own, adapter), *_items(None, *parts.values())]
-
-
-def items_of_recipe(cfg: Recipe) -> list[Item]:
-    """What a training reads that comes from a repository; nobody says under which licence."""
-    return _items("not stated", *recipes.files(cfg).values())
-
-
-def items_of_scorer(name: str) -> list[Item]:
-    """What a scorer needs from elsewhere; most need nothing."""
-    from rfbench.videoreward.model import FILES, REPOSITORY
-
-    return [Item(REPOSITORY, file) for file in FILES] if name.startswith("videoreward") else []
-
-
-def items_of_suite(name: str) -> list[Item]:
-    """The lists of prompts that a suite takes from elsewhere.
-
-    Raises:
-        UserError: no such suite, or a wrong field.
-    """
-    _, _, header = suites.header_of(suites.split(name)[0])
-    wanted = {suites.VBENCH: prompts.FULL_INFO, suites.MOVIEGEN: prompts.MOVIEGEN}.get(header.prompts), prompts.EXTENDED.get(header.extended or "")
-    return [Item(one.repo, one.file, one.commit, one.bytes, one.sha256, one.licence, github=True) for one in wanted if one is not None]
-
-
-def _items(licence: str | None, *wanted: WeightsCfg | None) -> list[Item]:
-    """Those of the files that come from a repository; where no licence is given, it is that of the repository."""
-    found = [(one, one.repo) for one in wanted if one is not None and one.repo is not None]
-    return [Item(repo, one.file, one.revision or "main", one.bytes, one.sha256, licence or LICENCES[repo]) for one, repo in found]
-
-
 def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = False, dry_run: bool = False) -> list[Path]:
     """Bring what is not in its place. Shows files, sizes, licences and origins first and asks, unless `yes`.
 
@@ -190,10 +76,10 @@ def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = Fals
         UserError: nobody can be asked. With code 1: it was declined; a file can't be had (offline, gated, gone, not in the mirror); the disk is
             too small; another process is fetching it; a connection broke; what came is not what was asked for.
     """
-    items, sources, problems = list(dict.fromkeys(items)), [], []
+    items, sources, problems, commits = list(dict.fromkeys(items)), [], [], dict[tuple[str, str], str]()
     for item in items:
         try:
-            sources += find(item, mirror)
+            sources += find(item, mirror, commits)
         except UserError as error:
             problems.append(error)
             sources.append(Source(item, item.bytes, "cannot be had"))
@@ -207,6 +93,7 @@ def fetch(items: Sequence[Item], *, mirror: Path | None = None, yes: bool = Fals
             _ask()
         for source in todo:
             _bring(source)
+            _pin(source.item)
     if not dry_run:
         for item in items:
             if item.tree:
@@ -236,8 +123,8 @@ def right(root: Path, item: Item) -> list[Path]:
     return files if item.sha256 is None or weight_files.sha256_of(files) == item.sha256 else []
 
 
-def find(item: Item, mirror: Path | None) -> list[Source]:
-    """Where the files of an item are to be had.
+def find(item: Item, mirror: Path | None, commits: dict[tuple[str, str], str]) -> list[Source]:
+    """Where the files of an item are to be had; of a branch those of one commit, which `commits` remembers by repository and branch.
 
     Raises:
         UserError: nowhere (code 1).
@@ -250,10 +137,82 @@ def find(item: Item, mirror: Path | None) -> list[Source]:
         if not found:
             why = "is not the one that is asked for: wrong size or sha256" if (mirror / item.repo / item.file).exists() else "is not there"
             raise UserError(f"mirror: {mirror / item.repo / item.file} {why}; put the right one there or leave out --mirror", code=1)
-        return found
+        return _with_pin(found, mirror / item.repo, item)
     if item.github:
         return [Source(item, item.bytes, "GitHub", etag=item.sha256 or item.revision)]
+    if not weight_files.COMMIT.fullmatch(item.revision):
+        key = item.repo, item.revision
+        commits[key] = commits.get(key) or _commit(item)
+        item = replace(item, revision=commits[key], branch=item.revision)
     return ([] if item.tree else _in_cache(item)) or _on_hub(item)  # a folder in the cache may be a part of it
+
+
+def _commit(item: Item) -> str:
+    """The commit that files of a branch come from: that of those which are here, else of the hub's cache if it has the item, else the hub's.
+
+    Raises:
+        UserError: nobody can say (code 1).
+    """
+    from huggingface_hub import HfApi, get_token
+
+    pin = weight_files.pins(settings().weights / item.repo).get(item.revision)
+    cached = None if pin or item.tree else _cached(item)
+    if cached is not None and _local(cached, item, ""):
+        return cached.name
+    try:
+        with _explained(item):
+            commit = str(HfApi(token=get_token()).model_info(item.repo, revision=item.revision).sha)
+    except UserError:
+        if pin is None:
+            raise
+        return pin.commit  # the download will say what is wrong
+    if pin is not None and commit != pin.commit:
+        here = settings().weights / item.repo
+        say(f"{item.repo}: '{item.revision}' has moved on to {commit}; what is missing comes from {pin.commit}, as the rest (or remove {here})")
+    return pin.commit if pin else commit
+
+
+def _with_pin(found: list[Source], folder: Path, item: Item) -> list[Source]:
+    """Files of a mirror, with the commit that it has them from.
+
+    Raises:
+        UserError: it is not the one that the others here are of (code 1).
+    """
+    there, here = (weight_files.pins(place).get(item.revision) for place in (folder, settings().weights / item.repo))
+    if there is not None and here is not None and there.commit != here.commit:
+        raise UserError(
+            f"mirror: {folder} is of commit {there.commit[:12]}... of '{item.revision}', and what is in {settings().weights / item.repo} of "
+            f"{here.commit[:12]}...; remove the latter, or leave out --mirror",
+            code=1,
+        )
+    files = there.files if there is not None else ()
+    return [
+        replace(one, item=replace(one.item, revision=there.commit, branch=item.revision)) if there and one.item.file in files else one
+        for one in found
+    ]
+
+
+def _pin(item: Item) -> None:
+    """Write down the commit that a file of a branch has come from."""
+    if item.branch is None:
+        return
+    folder = settings().weights / item.repo
+    with _alone_in(folder):
+        known = weight_files.pins(folder)
+        before = known[item.branch].files if item.branch in known else ()
+        known[item.branch] = weight_files.Pin(item.revision, tuple(sorted({*before, item.file})))
+        write_json(folder / weight_files.PINS, as_plain(known))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for others who write down what has come into a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _single(item: Item, root: Path, file: Path) -> Item:
@@ -263,7 +222,7 @@ def _single(item: Item, root: Path, file: Path) -> Item:
 def _local(root: Path, item: Item, origin: str) -> list[Source]:
     if item.tree:
         folder = (root / item.file).parent
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != weight_files.WHOLE)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (weight_files.WHOLE, weight_files.PINS))
         return [Source(_single(item, root, file), file.stat().st_size, origin, local=file.resolve()) for file in files]
     files = right(root, item)
     if item.several and files:
@@ -273,14 +232,19 @@ def _local(root: Path, item: Item, origin: str) -> list[Source]:
 
 def _in_cache(item: Item) -> list[Source]:
     """As other programs have left it on this machine, below HF_HOME."""
+    root = _cached(item)
+    return [] if root is None else _local(root, item, "hub's cache")
+
+
+def _cached(item: Item) -> Path | None:
+    """The folder of the hub's cache for a revision, called after its commit; of a branch, where it was when somebody last looked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        root = snapshot_download(item.repo, revision=item.revision, allow_patterns=item.file, local_files_only=True)
+        return Path(snapshot_download(item.repo, revision=item.revision, allow_patterns=item.file, local_files_only=True))
     except LocalEntryNotFoundError:
-        return []
-    return _local(Path(root), item, "hub's cache")
+        return None
 
 
 def _on_hub(item: Item) -> list[Source]:

@@ -38,6 +38,7 @@ def facts(ready: Prepared) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "attention": attention.kernel(device),
         "shortcuts": taken(settings().fast.shortcuts, device) if sampler.is_lean(ready.cfg.sampler) else [],
+        **ready.origin,
     }
 
 

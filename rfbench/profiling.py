@@ -110,6 +110,8 @@ def in_turn(
             run.reopen()
         if not run.done:
             run.record(device=str(device), attention=attention.kernel(device), software=hardware.software(device), timed_as=dict(timed_as or {}))
+            if origin := {one.name: one.origin["commits"] for one in ready if one.origin}:
+                run.record(commits=origin)
             before = hardware.state(device)
             there = {(done.process, done.number) for done in timing.read_rounds(directory)}
             missing = {process: [n for n in range(repeats) if (process, n) not in there] for process in range(processes)}

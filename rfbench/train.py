@@ -32,12 +32,13 @@ from rfbench.methods.base import METHODS, Batch, Draws, Method
 from rfbench.parallel import ALONE, Ranks, finite, full, whole
 from rfbench.phases import phase
 from rfbench.progress import Progress, say
-from rfbench.recipes import check, forced, inputs_of, locate
+from rfbench.recipes import check, files, forced, inputs_of, locate
 from rfbench.registry import pick
 from rfbench.sampler import generate
 from rfbench.settings import settings
 from rfbench.updates import Updater, schedule
 from rfbench.video import as_uint8, writing
+from rfbench.weight_files import commits
 from rfbench.weights import Ema
 
 EXPLODED = 1e4  # times the norm that gradients are clipped to: nothing is learned from such a step, and the weights may be lost
@@ -97,7 +98,9 @@ def _train(cfg: Recipe, name: str, directory: Path, sources: dict[str, Path], ra
                 run.reopen()
             if not run.done:
                 shared = 1 if ranks.mesh is None else ranks.mesh.size(1)
-                run.record(device=str(device()), threads=torch.get_num_threads(), processes=ranks.size, shared_by=shared, offload=ranks.offload)
+                origin = commits({role: (one, sources[role]) for role, one in files(cfg).items()})
+                how = {"processes": ranks.size, "shared_by": shared, "offload": ranks.offload, **origin}
+                run.record(device=str(device()), threads=torch.get_num_threads(), **how)
         stack.enter_context(ranks.failing_together())  # so that the session's end has the reason
         known = ranks.told(None if run is None or run.done else (run.run.recorded.get("code"), run.run.fingerprint))
         if known is not None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfbench import records
+from rfbench import records, strict
 from rfbench.config import LoraCfg, WeightsCfg
 from rfbench.errors import UserError
 from rfbench.settings import settings
@@ -20,7 +22,46 @@ RUN = "run:"  # WeightsCfg.file "run:NAME" is what the training run NAME ended w
 LARGE = 64 * 2**20  # bytes; the hash of a smaller file takes no longer than looking it up
 HASHES = ".sha256.json"  # in the weights directory: path -> [size, time of modification, sha256]
 WHOLE = ".whole.json"  # in a folder that is taken as it is ("folder/**"): the files that it consists of
+PINS = ".commits.json"  # in a repository's folder: branch -> the commit that it was found at, and the files that came from there
+COMMIT = re.compile("[0-9a-f]{40}")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Where a branch was when the first file of it was fetched; further files come from there as well."""
+
+    commit: str
+    files: tuple[str, ...]
+
+
+def pins(folder: Path) -> dict[str, Pin]:
+    """Of a repository's folder: branch -> its pin.
+
+    Raises:
+        UserError: what is written there is no such thing.
+    """
+    path = folder / PINS
+    found: dict[str, Pin] = strict.build(dict[str, Pin], records.read_json(path), where=str(path)) if path.exists() else {}
+    return found
+
+
+def commit_of(cfg: WeightsCfg, path: Path) -> str | None:
+    """The commit of its repository that a checkpoint is from: as its YAML file says, else as `fetch` found it; None where nobody knows."""
+    folder = stored(cfg)
+    if cfg.repo is None or not path.is_relative_to(folder):
+        return None
+    if cfg.revision is not None and COMMIT.fullmatch(cfg.revision):
+        return cfg.revision
+    pin = pins(folder).get(cfg.revision or "main")
+    files = {file.relative_to(folder).as_posix() for file in files_of(path)}
+    return pin.commit if pin is not None and files <= set(pin.files) else None
+
+
+def commits(files: Mapping[str, tuple[WeightsCfg, Path]]) -> dict[str, dict[str, str | None]]:
+    """What a run records of where its checkpoints are from, by role: `commit_of` each that has a repository; nothing where none has."""
+    found = {role: commit_of(cfg, path) for role, (cfg, path) in files.items() if cfg.repo is not None}
+    return {"commits": found} if found else {}
 
 
 def resolve(cfg: WeightsCfg, beside: Path) -> Path:

@@ -13,7 +13,8 @@ import yaml
 from rfbench import config, envs, external, generate, listing, provenance, records, strict, suites, video
 from rfbench.config import Baseline, External
 from rfbench.errors import UserError
-from rfbench.fetch import fetch, items_of
+from rfbench.fetch import fetch
+from rfbench.items import items_of
 from rfbench.report import leaderboard, tables
 from rfbench.suites import Suite, clip_seed
 from tests import fake_runs

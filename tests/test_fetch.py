@@ -19,14 +19,17 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
-from rfbench import cli, config, fetch, weight_files, weights
+from rfbench import cli, config, fetch, generate, items, records, weight_files, weights
 from rfbench.config import Baseline, CacheCfg, License, LoraCfg, SamplerCfg, WeightsCfg
 from rfbench.errors import UserError
-from rfbench.fetch import Item
+from rfbench.items import Item
 from rfbench.settings import HOME
 from rfbench.vbench import prompts
+from tests import models
+from tests.test_generate import write_suite
 
 REPO, COMMIT = "someone/some-model", "c" * 40
 CONTENT = bytes(range(256)) * 400
@@ -63,6 +66,8 @@ class Hub:
     large: bool = True  # told by sha256, as files in large file storage are
     tokens: list[tuple[str, str | None]] = field(default_factory=list)
     port: int = 0
+    head: str = COMMIT  # of its branch
+    looked_up: int = 0
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.asked += 1
@@ -77,6 +82,13 @@ class Hub:
                 lfs = {"oid": sha(content), "size": len(content), "pointerSize": 100}
                 tree.append({"type": "file", "oid": "1" * 40, "size": len(content), "path": name, "lfs": lfs})
             body = json.dumps(tree).encode()
+            request.send_response(200)
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            request.wfile.write(body)
+        elif request.path == f"/api/models/{REPO}/revision/main":
+            self.looked_up += 1
+            body = json.dumps({"id": REPO, "sha": self.head, "siblings": []}).encode()
             request.send_response(200)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
@@ -239,7 +251,7 @@ def test_an_interrupted_download_goes_on(folders: Path, hub: Hub) -> None:
 
 @pytest.mark.parametrize("kept", [len(CONTENT), len(CONTENT) + 5])
 def test_all_or_too_much_of_a_file_may_be_there_already(folders: Path, hub: Hub, kept: int) -> None:
-    (source,) = fetch.find(item(), None)
+    (source,) = fetch.find(item(), None, {})
     source.part.parent.mkdir(parents=True)
     source.part.write_bytes((CONTENT + b"12345")[:kept])
     (path,) = fetch.fetch([item()], yes=True)
@@ -315,14 +327,14 @@ def test_a_disk_that_is_too_small_is_said_before_anything_happens(folders: Path,
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     assert "has 102.4 kB free and this takes 102.4 kB" in refused(1, item())
     assert not hub.served and not left_over(folders)
-    (source,) = fetch.find(item(), None)
+    (source,) = fetch.find(item(), None, {})
     source.part.parent.mkdir(parents=True)
     source.part.write_bytes(CONTENT[:1])  # what has come already takes no more room
     assert fetch.fetch([item()], yes=True)[0].read_bytes() == CONTENT
 
 
 def test_two_processes_do_not_write_one_file(folders: Path, hub: Hub) -> None:
-    (source,) = fetch.find(item(), None)
+    (source,) = fetch.find(item(), None, {})
     source.part.parent.mkdir(parents=True)
     with source.part.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -331,7 +343,7 @@ def test_two_processes_do_not_write_one_file(folders: Path, hub: Hub) -> None:
 
 
 def test_who_comes_as_another_process_ends_does_not_write_into_its_file(folders: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, (source,) = fcntl.flock, fetch.find(item(), None)
+    lock, (source,) = fcntl.flock, fetch.find(item(), None, {})
     source.part.parent.mkdir(parents=True)
     source.part.write_bytes(CONTENT[:40_000])
 
@@ -412,6 +424,82 @@ def test_what_other_programs_left_in_the_hub_s_cache_is_used(folders: Path, hub:
     assert path.read_bytes() == CONTENT and len(hub.served) == 1
 
 
+def of_main(file: str, **fields: Any) -> Item:
+    return Item(REPO, file, **fields)
+
+
+def origin(file: str) -> str | None:
+    return weight_files.commit_of(WeightsCfg(file, REPO), weight_files.resolve(WeightsCfg(file, REPO), Path("x.yaml")))
+
+
+def test_a_branch_is_looked_up_once_and_its_commit_is_kept(folders: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.files |= {"other.pt": b"other", "third.pt": b"third"}
+    fetch.fetch([of_main("sub/model.pt"), of_main("other.pt")], yes=True)
+    assert hub.looked_up == 1 and {file for file, _ in hub.served} == {"sub/model.pt", "other.pt"}
+    assert weight_files.pins(store(folders)) == {"main": weight_files.Pin(COMMIT, ("other.pt", "sub/model.pt"))}
+    assert origin("other.pt") == COMMIT
+    fetch.fetch([of_main("sub/model.pt")], yes=True)
+    assert hub.looked_up == 1, "it is in its place"
+
+    hub.head = "d" * 40
+    capsys.readouterr()
+    fetch.fetch([of_main("third.pt")], yes=True)  # the hub of this test has nothing at another commit
+    assert f"'main' has moved on to {hub.head}; what is missing comes from {COMMIT}" in " ".join(capsys.readouterr().err.split())
+    assert origin("third.pt") == COMMIT and (store(folders) / "third.pt").read_bytes() == b"third"
+    hub.refusal = (500, "")
+    (store(folders) / "third.pt").unlink()
+    assert "did not come from" in refused(1, of_main("third.pt"))
+    (store(folders) / ".commits.json").write_text('{"main": 1}')
+    assert "expected the keys of Pin" in refused(2, of_main("third.pt")), "it is not overwritten"
+
+
+def test_a_folder_of_a_branch_goes_on_at_its_commit(folders: Path, hub: Hub) -> None:
+    hub.files = {f"sub/{name}": name.encode() * 1000 for name in ("a.bin", "b.bin", "c.bin")}
+    hub.cut = 1500
+    refused(1, of_main("sub/**"))
+    hub.cut, hub.broken = None, False
+    fetch.fetch([of_main("sub/**")], yes=True)
+    hub.head, before = "d" * 40, hub.looked_up
+    (store(folders) / "sub" / "b.bin").unlink()
+    fetch.fetch([of_main("sub/**")], yes=True)
+    assert hub.looked_up == before + 1 and origin("sub/**") == COMMIT
+    assert (store(folders) / "sub" / "b.bin").read_bytes() == b"b.bin" * 1000
+
+
+def test_a_mirror_s_commit_comes_along_and_another_one_is_refused(folders: Path, hub: Hub, mirror: Path) -> None:
+    (mirror / REPO / "other.pt").write_bytes(b"other")
+    fetch.fetch([of_main("sub/model.pt")], mirror=mirror, yes=True)
+    assert origin("sub/model.pt") is None and hub.asked == 0, "nobody knows"
+    (store(folders) / "sub" / "model.pt").unlink()
+    (mirror / REPO / ".commits.json").write_text(json.dumps({"main": {"commit": COMMIT, "files": ["sub/model.pt"]}}))
+    fetch.fetch([of_main("sub/model.pt"), of_main("other.pt")], mirror=mirror, yes=True)
+    assert (origin("sub/model.pt"), origin("other.pt")) == (COMMIT, None)
+    (store(folders) / "other.pt").unlink()
+    (mirror / REPO / ".commits.json").write_text(json.dumps({"main": {"commit": "d" * 40, "files": ["sub/model.pt"]}}))
+    assert f"is of commit {'d' * 12}... of 'main', and what is in" in refused(1, of_main("other.pt"), mirror=mirror)
+    assert not (store(folders) / "other.pt").exists()
+
+
+def test_the_commit_of_the_hub_s_cache_is_kept(folders: Path, hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "hf" / "hub" / f"models--{REPO.replace('/', '--')}"
+    for path, content in ((home / "refs" / "main", b"e" * 40), (home / "snapshots" / ("e" * 40) / "sub" / "model.pt", CONTENT)):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    fetch.fetch([of_main("sub/model.pt")], yes=True)
+    assert origin("sub/model.pt") == "e" * 40 and hub.asked == 0
+
+
+def test_a_run_records_which_commit_its_weights_are_from(folders: Path, hub: Hub, tmp_path: Path) -> None:
+    path = Path(models.write(tmp_path, sampler=models.STUDENT | {"steps": [1000]}))
+    hub.files = {"student.safetensors": path.with_suffix(".safetensors").read_bytes()}
+    path.with_suffix(".safetensors").unlink()
+    plain = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(plain | {"weights": {"file": "student.safetensors", "repo": REPO}}))
+    fetch.fetch(items.items_named(str(path)), yes=True)
+    directory = generate.generate(str(path), write_suite(tmp_path, prompts=["a red disc"], samples=1, frames=9))
+    assert records.read_run(directory).recorded["commits"] == {"weights": COMMIT}
+
+
 @pytest.mark.parametrize("given", [("one", "x.pt"), ("a/b/c", "x.pt"), ("../b", "x.pt"), ("a/b", "../x.pt"), ("a/b", "/x.pt"), ("a/b", "")])
 def test_nothing_is_written_outside_of_the_weights_directory(given: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="is not a file of a repository"):
@@ -424,9 +512,9 @@ def baseline(backbone: str = "toy", **fields: Any) -> Baseline:
 
 
 def test_what_a_baseline_needs() -> None:
-    assert fetch.items_of(baseline()) == []
+    assert items.items_of(baseline()) == []
     adapter = LoraCfg("lora.pt", 4, 4, bytes=3, sha256="b" * 64)
-    found = fetch.items_of(baseline("wan2.1-1.3b", repo=REPO, revision=COMMIT, bytes=5, sha256="a" * 64, lora=adapter))
+    found = items.items_of(baseline("wan2.1-1.3b", repo=REPO, revision=COMMIT, bytes=5, sha256="a" * 64, lora=adapter))
     assert found[:2] == [
         Item(REPO, "x.pt", COMMIT, 5, "a" * 64, "cc-by-4.0"),
         Item(REPO, "lora.pt", COMMIT, 3, "b" * 64, "cc-by-4.0"),
@@ -438,7 +526,7 @@ def test_what_a_baseline_needs() -> None:
 @pytest.mark.parametrize("name", config.names_of(Baseline))
 def test_every_shipped_baseline_says_what_it_needs(name: str) -> None:
     cfg = config.load(Baseline, name)
-    assert bool(fetch.items_of(cfg)) == (cfg.weights.repo is not None)
+    assert bool(items.items_of(cfg)) == (cfg.weights.repo is not None)
 
 
 YAML = f"""
@@ -499,7 +587,7 @@ def test_a_list_of_prompts_comes_from_github_by_its_hash(folders: Path, hub: Hub
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     listed = prompts.Listed("rewritten", REPO, COMMIT, "sub/model.pt", sha(CONTENT), len(CONTENT))
     monkeypatch.setitem(prompts.EXTENDED, "self-forcing", listed)
-    (wanted,) = (one for one in fetch.items_named("vbench-extended") if one.repo == REPO)
+    (wanted,) = (one for one in items.items_named("vbench-extended") if one.repo == REPO)
     hub.cut = 50_000
     assert "the same command goes on from here" in refused(1, wanted)
     hub.cut, hub.broken = None, False
@@ -515,11 +603,11 @@ def test_a_list_of_prompts_comes_from_github_by_its_hash(folders: Path, hub: Hub
 def test_what_a_suite_needs_is_known_by_commit_size_and_hash(folders: Path, tmp_path: Path) -> None:
     lists = (prompts.FULL_INFO, prompts.MOVIEGEN, *prompts.EXTENDED.values())
     assert all(len(one.commit) == 40 and fetch.SHA256.fullmatch(one.sha256) and one.bytes > 100_000 for one in lists)
-    assert [one.file for one in fetch.items_named("vbench")] == [prompts.FULL_INFO.file]
-    assert [one.file for one in fetch.items_named("vbench-extended")] == [prompts.FULL_INFO.file, prompts.EXTENDED["self-forcing"].file]
-    assert [one.file for one in fetch.items_named("moviegen-60s")] == [prompts.MOVIEGEN.file, prompts.EXTENDED["moviegen-self-forcing"].file]
+    assert [one.file for one in items.items_named("vbench")] == [prompts.FULL_INFO.file]
+    assert [one.file for one in items.items_named("vbench-extended")] == [prompts.FULL_INFO.file, prompts.EXTENDED["self-forcing"].file]
+    assert [one.file for one in items.items_named("moviegen-60s")] == [prompts.MOVIEGEN.file, prompts.EXTENDED["moviegen-self-forcing"].file]
     (tmp_path / "mine.yaml").write_text("prompts: vbench\nextended: wan2.1\n")
-    assert fetch.items_named(str(tmp_path / "mine.yaml"))[1].file == prompts.EXTENDED["wan2.1"].file
-    assert fetch.items_named("smoke") == [] and all(one.github for one in fetch.items_named("vbench-forcing"))
+    assert items.items_named(str(tmp_path / "mine.yaml"))[1].file == prompts.EXTENDED["wan2.1"].file
+    assert items.items_named("smoke") == [] and all(one.github for one in items.items_named("vbench-forcing"))
     with pytest.raises(UserError, match="there is no baseline 'vbench-extendet'"):
-        fetch.items_named("vbench-extendet")
+        items.items_named("vbench-extendet")

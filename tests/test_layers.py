@@ -39,6 +39,7 @@ LAYERS = [
     {"pairs", "stopwatch", "rungs", "ladder", "load", "logbook", "memory"},
     {
         "fetch",
+        "items",
         "train",
         "generate",
         "evaluate",

@@ -17,6 +17,8 @@ import yaml
 
 from rfbench import config, envs, external, generate, records, video
 from rfbench.config import External
+from rfbench.fetch import fetch
+from rfbench.items import items_named
 from rfbench.suites import clip_seed
 from tests.test_external import interpreter
 
@@ -215,12 +217,14 @@ def tiny(pipeline: str, folder: Path) -> None:
         pytest.param("external/ltx-video", marks=pytest.mark.slow),
     ],
 )
-def test_diffusers_itself_makes_the_clips(folders, prompts, name):
-    """The real package in the other interpreter; its weights are random and small, what calls it is not."""
+def test_diffusers_itself_makes_the_clips(folders, prompts, name, tmp_path):
+    """The real package in the other interpreter, from what `fetch` brings; its weights are random and small, what calls it is not."""
     cfg = config.load(External, name)
-    folder = folders / "weights" / str(cfg.weights.repo)
+    folder = tmp_path / "mirror" / str(cfg.weights.repo)
     tiny(cfg.settings["pipeline"], folder)
-    records.write_json(folder / ".whole.json", sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    (folder / "all-in-one.safetensors").write_bytes(b"another version")
+    fetch(items_named(name), mirror=tmp_path / "mirror", yes=True)
+    assert (folders / "weights" / str(cfg.weights.repo) / "all-in-one.safetensors").exists() == (cfg.weights.file == "**")
     interpreter("diffusers")
     overrides = ["height=32", "width=32", "frames=9", "steps=[2]", "settings.dtype=float32"]
     clips = clips_of(name, prompts, overrides)

@@ -1,11 +1,12 @@
 """A text-to-video pipeline of diffusers.
 
-settings: weights (a folder of diffusers'), pipeline (its class), dtype of all but the VAE, height, width, steps [n], call (further arguments),
-flow_shift (for UniPC, where the folder's scheduler has another one).
+settings: weights (a folder of diffusers'), index (its model_index.json, where weights are a part of that folder), pipeline (its class),
+dtype of all but the VAE, height, width, steps [n], call (further arguments), flow_shift (for UniPC, where the folder's scheduler has another one).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,10 @@ def load(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]
     import numpy as np
     import torch
 
+    folder = os.path.dirname(settings["index"]) if "index" in settings else settings["weights"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"vae": torch.float32, "default": getattr(torch, settings["dtype"])}
-    pipe = getattr(diffusers, settings["pipeline"]).from_pretrained(settings["weights"], torch_dtype=dtypes)
+    pipe = getattr(diffusers, settings["pipeline"]).from_pretrained(folder, torch_dtype=dtypes)
     if "flow_shift" in settings:
         pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=settings["flow_shift"])
     pipe.to(device)
