@@ -21,6 +21,7 @@ from torch import Tensor
 from rfbench.backbones.wan.dit import TextKV, WanDiT, block_causal_mask
 from rfbench.config import SamplerCfg
 from rfbench.schedule import TABLE, add_noise
+from rfbench.transfer import to_device
 from rfbench.unipc import UniPC
 
 WAITING = 999.0  # what the network is told of a chunk that has not begun, whatever its first timestep will be
@@ -75,7 +76,7 @@ def force(
     for numbers in passes(len(work), len(steps), cfg.lag or 0):
         seen = given if not cfg.context_noise or given_BFCHW is None else [add_noise(given_BFCHW, noise(held), level)]
         told = [TABLE * cfg.context_noise] * held + [timesteps[number] for number in numbers for _ in range(length)]
-        t_BF = torch.tensor([told], dtype=torch.float64, device=device)
+        t_BF = to_device(torch.tensor([told], dtype=torch.float64), device)
         flows = [model(torch.cat([*seen, *work], 1), t_BF, text, mask_SS=mask_SS) for text in texts]
         flow = flows[0] if len(flows) == 1 else flows[1] + cfg.guidance * (flows[0] - flows[1])
         for place, (number, part) in enumerate(zip(numbers, flow[:, held:].split(length, 1), strict=True)):

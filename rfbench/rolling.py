@@ -23,6 +23,7 @@ from rfbench.backbones.wan.dit import TextKV, WanDiT
 from rfbench.cache import CacheShape
 from rfbench.config import CacheCfg
 from rfbench.schedule import add_noise, flow_to_x0
+from rfbench.transfer import to_device
 
 
 class RollingCache:
@@ -98,7 +99,7 @@ def roll(
     """
 
     def each_frame(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).repeat_interleave(length)[None].to(cache.keys[0].device)
+        return to_device(torch.tensor(values, dtype=torch.float64).repeat_interleave(length)[None], cache.keys[0].device)
 
     window: list[Tensor] = []  # noisy chunks, oldest first
     tell("begin")
