@@ -165,6 +165,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
         "instructions": instructions(made.asm["cubin"]),
         "loops": len(re.findall(r"scf\.(?:for|while)", made.asm["ttgir"])),
         "wide": sum(size for size in moved if size == 16) / sum(moved),
+        "narrow": sum(size < 16 for size in moved),
         "contracted": made.metadata.enable_fp_fusion or re.search(r"fma\.\S*f32", ptx) is not None,
         "float64": ".f64" in ptx,
         "to_8_bit": sorted(set(re.findall(r"cvt\.(\S*e4m3x2\S*)", ptx))),
