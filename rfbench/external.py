@@ -96,6 +96,7 @@ class Ready:
             UserError: some failed, though everything was tried: a table over the others would be about another suite (code 1).
         """
         failed = failures(directory, writer)
+        records.write_rows(directory / f"failed.{writer}.jsonl", failed)
         if failed:
             raise UserError(
                 f"{len(failed)} of {mine} clips failed (first {failed[0].clip}: {failed[0].error}); their logs are in "
@@ -163,9 +164,8 @@ def sample(ready: Ready, prompt: str, *, seed: int, frames: int | None, out: Pat
     only = Prompt(0, prompt)
     with tempfile.TemporaryDirectory(prefix="rfbench-") as name:
         folder = Path(name)
-        for clips in make(
-            ready, Suite("--frames", frames or ready.cfg.frames, ready.fps, seed, 1, (only,)), [(only, 0)], folder, "alone", lambda *_: seed
-        ):
+        asked = Suite("--frames", frames or ready.cfg.frames, ready.fps, seed, 1, (only,))
+        for clips in make(ready, asked, [(only, 0)], folder, "alone", lambda *_: seed, lambda _: None):
             for clip in clips:
                 with records.atomic(out) as temporary:
                     shutil.copyfile(folder / clip.file, temporary)
@@ -181,8 +181,9 @@ def make(
     directory: Path,
     writer: str,
     seed_of: Callable[[int, int, int], int] = clip_seed,
+    tell: Callable[[str], None] = say,
 ) -> Iterator[list[Clip]]:
-    """Make the clips that are to do: for each of them its row, or none if it failed; who failed is said, and is in `failed.<writer>.jsonl`.
+    """Make the clips that are to do: for each of them its row, or none if it failed; who failed is told, and is in `failed.<writer>.jsonl`.
 
     They come in order, but that those which failed when they were last tried come last, so that everything gets its turn.
 
@@ -194,7 +195,7 @@ def make(
     before = {row.clip for row in failed}
     todo = sorted(todo, key=lambda item: clip_id(item[0].id, item[1]) in before)
     if before:
-        say(f"clips that failed before and come last: {len(before)}")
+        tell(f"clips that failed before and come last: {len(before)}")
     work = directory / "work" / writer
     items, what = [], {}
     for prompt, sample in todo:
@@ -206,7 +207,7 @@ def make(
     records.write_rows(directory / f"failed.{writer}.jsonl", failed)
     with (
         records.appending(directory / f"failed.{writer}.jsonl") as fail,
-        records.appending(directory / f"times.{writer}.jsonl") as tell,
+        records.appending(directory / f"times.{writer}.jsonl") as clock,
     ):
         for outcome in processes.work(ready.program, items, work):
             clip, raw = what[outcome.id], work / f".{outcome.id}.tmp.npy"
@@ -218,10 +219,10 @@ def make(
                 _encode(pixels, clip, directory)
             except _NotMadeError as error:
                 fail(Failed(outcome.id, str(error), outcome.log, provenance.now()))
-                say(f"clip {outcome.id} failed: {error}")
+                tell(f"clip {outcome.id} failed: {error}")
                 yield []
             else:
-                tell(time)
+                clock(time)
                 yield [dataclasses.replace(clip, sha256=records.sha256_of(directory / clip.file))]
             finally:
                 raw.unlink(missing_ok=True)

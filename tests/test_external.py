@@ -146,6 +146,7 @@ def test_a_sample_is_a_clip_of_the_seed_that_was_given(fake, tmp_path, capsys):
     (fake / "broken").touch()
     code, _, err = call(capsys, "sample", str(fake / "fake.yaml"), "a video that is short", "--out", str(tmp_path / "no.mp4"))
     assert code == 1 and "the clip failed: the runner made frames (8, 16, 32, 3)" in err and not (tmp_path / "no.mp4").exists()
+    assert "0000-0" not in err, "a sample is no clip of a suite"
 
 
 @pytest.mark.parametrize("options", [(), ("--ladder",), ("--streams",)])
@@ -183,7 +184,7 @@ def test_what_fails_is_told_and_tried_again_and_the_rest_is_made(fake):
     assert make(fake, "words.jsonl") == directory
     clips = {clip.id: clip.sha256 for clip in records.read_clips(directory)}
     assert records.read_run(directory).status == records.DONE and len(clips) == 10 and not external.failures(directory)
-    assert kept.items() <= clips.items()
+    assert kept.items() <= clips.items() and (directory / "failed.alone.jsonl").read_text() == ""
 
 
 def test_those_that_failed_come_last_when_they_are_tried_again(fake, capsys):
