@@ -117,7 +117,7 @@ def python(name: str, *options: str) -> Path:
     """The interpreter of an environment that has these options.
 
     Raises:
-        UserError: it is not built, or was built from another definition, or lacks an option; names the command.
+        UserError: it is not built, or was built from another definition or without the GPU that is here, or lacks an option; names the command.
     """
     _, definition = load(name)
     built = found(name)
@@ -125,10 +125,12 @@ def python(name: str, *options: str) -> Path:
     if built is None:
         raise UserError(f"the environment '{name}' is not built; run `{command}`")
     if built.definition != definition:
-        raise UserError(f"this needs the environment '{name}', whose definition has changed since it was built; run `{command} --fresh`")
+        raise UserError(f"the definition of environment '{name}' has changed since it was built; run `{command} --fresh`")
+    if _has_gpu() and built.packages.get("torch", "").endswith("+cpu"):
+        raise UserError(f"the environment '{name}' was built without a GPU and has torch's CPU build; run `{command} --fresh` on this machine")
     missing = [option for option in options if option not in built.options]
     if missing:
-        raise UserError(f"this needs the environment '{name}' with {', '.join(missing)}; run `{command}`")
+        raise UserError(f"the environment '{name}' lacks {', '.join(missing)}; run `{command}`")
     return _interpreter(home(name))
 
 
@@ -160,7 +162,8 @@ def build(name: str, options: Sequence[str] = (), *, base: Path | None = None, f
         its interpreter. A dry run prints the commands on stdout instead of running them.
 
     Raises:
-        UserError: no such environment or option, no Python of its version, another definition in its place; a step failed (code 1).
+        UserError: no such environment or option, no Python of its version, no GPU or compiler where something has to be compiled,
+            another definition in its place; a step failed (code 1).
     """
     cfg, definition = load(name)
     for option in options:
@@ -177,6 +180,11 @@ def build(name: str, options: Sequence[str] = (), *, base: Path | None = None, f
         for step in steps:
             print(step)
         return _interpreter(directory)
+    if built is None and cfg.compiled and not (_has_gpu() and _has_nvcc()):
+        raise UserError(
+            f"environment '{name}' compiles {', '.join(cfg.compiled)} for the GPU, and this machine has no {'nvcc' if _has_gpu() else 'GPU'}; "
+            "run this where both are, for example in a job on a GPU node"
+        )
     if steps:
         with provenance.alone(directory):
             _run(cfg, definition, directory, steps, wanted, keep=built is not None)
@@ -232,7 +240,7 @@ def _base_steps(cfg: Environment, directory: Path, base: Path | None, pins: Path
     interpreter = base or find_python(cfg.python, directory.name)
     yield Step(f"a virtual environment of Python {cfg.python}", ((str(interpreter), "-m", "venv", str(directory / "venv")),))
     install = _pip(directory, *(["-c", str(pins)] if pins else []))
-    if cfg.torch is not None and platform.system() == "Linux" and shutil.which("nvidia-smi") is None:
+    if cfg.torch is not None and platform.system() == "Linux" and not _has_gpu():
         cpu = f"torch=={cfg.torch}+cpu"
         yield Step(
             "torch's CPU build, as there is no GPU", (_pip(directory, "--no-deps", cpu), _pip(directory, "--no-deps", "--index-url", CPU_INDEX, cpu))
@@ -279,6 +287,16 @@ def _file(name: str) -> Path:
 def _pins(name: str) -> Path | None:
     path = _file(name).with_suffix(".txt")
     return path if path.is_file() else None
+
+
+def _has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def _has_nvcc() -> bool:
+    """Whether CUDA's compiler is where torch looks for it."""
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] or [Path("/usr/local/cuda")]
+    return shutil.which("nvcc") is not None or any((home / "bin" / "nvcc").is_file() for home in homes)
 
 
 def find_python(version: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -110,7 +111,7 @@ def test_a_dry_run_prints_commands_that_a_shell_takes(tiny, capsys):
 
 
 def test_options_are_added_and_asked_for(tiny, capsys):
-    with pytest.raises(UserError, match=r"with code; run `rfbench env tiny --with code`"):
+    with pytest.raises(UserError, match=r"lacks code; run `rfbench env tiny --with code`"):
         envs.python("tiny", "code")
     assert call(capsys, "env", "tiny", "--with", "code", "--with", "extra")[0] == 0
     assert run(envs.python("tiny", "code"), "import upstream; print(upstream.WORD)") == "from a commit"
@@ -183,3 +184,33 @@ def test_a_shipped_definition_is_pinned_and_printable(name):
         compile(part.check, name, "exec")
         assert all("==" in line for line in part.packages), "exact versions"
         assert all(len(item.commit) == 40 for item in part.sources)
+
+
+def test_what_was_built_without_the_gpu_that_is_here_is_refused(tiny, monkeypatch):
+    """It would run, on the CPU, and nobody would know why it takes days."""
+    built = envs.found("tiny")
+    assert built is not None
+    monkeypatch.setattr(envs, "found", lambda name: dataclasses.replace(built, packages={"torch": "2.4.0+cpu"}))
+    monkeypatch.setattr(envs, "_has_gpu", lambda: False)
+    assert envs.python("tiny").is_file()
+    monkeypatch.setattr(envs, "_has_gpu", lambda: True)
+    with pytest.raises(UserError, match=r"'tiny' was built without a GPU and has torch's CPU build; run `rfbench env tiny --fresh` on this machine"):
+        envs.python("tiny")
+    monkeypatch.setattr(envs, "found", lambda name: dataclasses.replace(built, packages={"torch": "2.4.0"}))
+    assert envs.python("tiny").is_file()
+
+
+@pytest.mark.parametrize(("programs", "lacks"), [(["nvcc"], "GPU"), (["nvidia-smi"], "nvcc")])
+def test_what_has_to_be_compiled_is_not_begun_where_it_cannot_be(tmp_path, monkeypatch, programs, lacks):
+    (tmp_path / "rfbench.toml").write_text("")
+    monkeypatch.setenv("RFBENCH_TOML", str(tmp_path / "rfbench.toml"))
+    for program in programs:
+        (tmp_path / program).write_text("")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"'magi-1' compiles flash-attn==2\.4\.2 for the GPU, and this machine has no {lacks}; run this where both are"
+    ):
+        envs.build("magi-1", base=Path(sys.executable))
+    assert not (tmp_path / "envs" / "magi-1").exists()
