@@ -74,6 +74,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return found[-1], facts
 
 
+def left(folder: Path) -> str:
+    """What there is to go on from, for whoever is told that training broke down: a checkpoint may hold what led to it."""
+    steps = [int(path.name.removeprefix("step_")) for path in sorted(folder.glob("step_*"))]
+    if not steps:
+        return "there is no checkpoint yet; a lower learning rate may help"
+    older = f"remove it to go on from step {steps[-2]}, or " if len(steps) > 1 else ""
+    return f"the checkpoint of step {steps[-1]} is kept; if training from there breaks down again, {older}take a lower learning rate"
+
+
 def load(path: Path, tensors: Mapping[str, Any], ranks: Ranks) -> None:
     """Fill tensors with what a checkpoint has under their names.
 

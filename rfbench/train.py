@@ -329,8 +329,8 @@ class Trainer:
             if self.ranks.first:
                 records.write_json(broken, {"step": self.step, "role": role, "norm": _json(norm), "shared_seed": seeds[0], "clips": clips})
             raise UserError(
-                f"training broke down at step {self.step}: the {role}'s gradient {problem}; the batch and its seeds are in {broken} "
-                "and the last good checkpoint is kept",
+                f"training broke down at step {self.step}: the {role}'s gradient {problem}; the batch and its seeds are in {broken}; "
+                f"{resume.left(self.directory / 'checkpoints')}",
                 code=1,
             )
 
@@ -352,7 +352,7 @@ class Trainer:
         if lost:
             raise UserError(
                 f"training broke down before step {self.step} was over: {' and '.join(lost)} are not finite, though the gradients were; nothing "
-                "of it is written and the last good checkpoint is kept",
+                f"of it is written; {resume.left(self.directory / 'checkpoints')}",
                 code=1,
             )
         return found

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rfbench import config
+from rfbench import config, resume
 from rfbench.backbones import toy
 from rfbench.backbones.base import BACKBONES, load
 from rfbench.backbones.wan.dit import WanDiT
@@ -219,6 +219,7 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
         with pytest.raises(UserError, match=r"training broke down at step 3: the generator's gradient is not finite") as raised:
             train(path)
     assert raised.value.code == 1 and "\n" not in str(raised.value)
+    assert "; the checkpoint of step 2 is kept; if training from there breaks down again, take a lower learning rate" in str(raised.value)
     directory = settings().runs / "train" / method
     run = read_run(directory)
     assert run.status == "failed" and run.error == str(raised.value)
@@ -228,6 +229,16 @@ def test_a_gradient_that_is_not_finite_stops_training(method: str, tmp_path: Pat
     assert not (directory / "weights.safetensors").exists() and not (directory / "baseline.yaml").exists()
     train(path)
     assert read_run(directory).status == "done"
+
+
+def test_who_is_told_of_a_breakdown_is_told_what_to_go_on_from(tmp_path: Path) -> None:
+    assert resume.left(tmp_path) == "there is no checkpoint yet; a lower learning rate may help"
+    for step in (20, 40):
+        (tmp_path / f"step_{step:06}").mkdir()
+    (tmp_path / ".step_000060.tmp").mkdir()
+    assert resume.left(tmp_path).startswith(
+        "the checkpoint of step 40 is kept; if training from there breaks down again, remove it to go on from step 20"
+    )
 
 
 @pytest.mark.parametrize("what", ["the generator's weights", "the critic's optimiser", "the average"])
