@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rfbench import attention, cache, forcing, hardware, proof, rolling, sampler, video
+from rfbench import attention, cache, config, forcing, hardware, memory, proof, rolling, sampler, video
 from rfbench.backbones.wan import backbone as family
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts
-from rfbench.config import CacheCfg, SamplerCfg
+from rfbench.config import CacheCfg, Recipe, SamplerCfg
+from rfbench.methods.base import Batch
 from rfbench.sampler import clip_noise, stream
 
 CUDA = torch.device("cuda", 0)
@@ -209,3 +210,24 @@ def test_what_does_not_stay_there_is_seen(strict: Strict) -> None:
     strict.narrow = True
     with pytest.raises(AssertionError, match=r"computes in torch\.float64"):
         there.double()
+
+
+@pytest.mark.parametrize("name", ["wan/reward-forcing", "wan/self-forcing"])
+def test_a_step_of_training_stays_there_as_far_as_its_losses(name: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollout, decoding for a reward, scores and critic, with one block each. What is drawn comes from the host; backwards torch asks the driver."""
+    recipe = config.load(Recipe, name)
+    assert recipe.scores is not None
+    method: Any = memory._method(dataclasses.replace(recipe, latents=6, scores=dataclasses.replace(recipe.scores, latents=3)), 1)
+    computed_before(method.rollout, monkeypatch)
+    strict: Strict = request.getfixturevalue("strict")
+    monkeypatch.setattr(memory, "META", CUDA)
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator: torch.tensor([high - 1]))
+    method.reward = lambda pixel_BTCHW, prompts: pixel_BTCHW.mean((1, 2, 3, 4))
+    for part in (method.student, method.teacher, method.critic):
+        onto(part)
+    for part in method.modules.values():
+        part.requires_grad_(True)
+    with memory.flash():
+        losses, stats = method.losses(Batch((0,), 0), tuple(method.modules))
+    assert set(losses) == {"generator", "critic"} and strict.seen > 500
+    assert all(x.device == CUDA for x in (*losses.values(), *stats.values())) and all(loss.requires_grad for loss in losses.values())
