@@ -106,7 +106,7 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
     def ask(what: str, by: str, flop: float, way: Callable[[], Tensor], exact: Tensor | None = None) -> None:
         try:
             found = way().float()
-            ms = milliseconds(way, device, 5 if arguments.small else 20)
+            ms = milliseconds(way, device, 1 if arguments.small else 20)
             apart = None if exact is None else float((found - exact).norm() / exact.norm())
             rows.append({"what": what, "by": by, "ms": ms, "tflops": flop / ms / 1e9, "apart": apart})
         except Exception as error:  # that something is not there is an answer too
@@ -172,7 +172,8 @@ def questions(arguments: Arguments) -> list[dict[str, Any]]:
 def milliseconds(way: Callable[[], Any], device: torch.device, times: int, *, cold: bool = False) -> float:
     """Median time of a call on the device, after some that do not count. `cold`: its cache holds nothing of what is read, and the host is ahead."""
     taken, other = list[float](), torch.empty(2**28 if cold and device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    for _ in range(3 + times):
+    warm = 3 if device.type == "cuda" else 0
+    for _ in range(warm + times):
         other.zero_()
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -185,7 +186,7 @@ def milliseconds(way: Callable[[], Any], device: torch.device, times: int, *, co
             begun = time.perf_counter()
             way()
             taken.append(1000 * (time.perf_counter() - begun))
-    return median(taken[3:])
+    return median(taken[warm:])
 
 
 def shown(rows: list[dict[str, str]]) -> None:
