@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfbench import proof
 from rfbench.errors import UserError
 from rfbench.settings import settings
 from rfbench.transfer import to_device
@@ -48,7 +49,7 @@ def kernel(device: torch.device) -> str:
 
 
 def choose(asked: str, device: torch.device) -> str:
-    """The kernel that is asked for; of "auto" the first that can be had here, by what the device can do and never by its name.
+    """The kernel that is asked for; of "auto" the first that can be had here, by what the device can do and never by its name, and proves itself.
 
     FlashAttention 3 and cuDNN lead on Hopper, and torch's own choice there would be FlashAttention 2. None has been measured here yet.
 
@@ -56,10 +57,24 @@ def choose(asked: str, device: torch.device) -> str:
         UserError: it cannot be had on this device.
     """
     if asked == "auto":
-        return next(name for name in KERNELS if missing(name, device) is None)
+        return next(name for name in KERNELS if missing(name, device) is None and (name not in LIMITED or proves_itself(name, device)))
     if (why := missing(asked, device)) is not None:
         raise UserError(f"[fast] attention '{asked}' {why}; leave it out of rfbench.toml, or take 'auto'")
     return asked
+
+
+def proves_itself(name: str, device: torch.device) -> bool:
+    """Whether a kernel gives what the plain form gives in float32, for a chunk that looks at a window and at a text; else it is left out."""
+
+    def trial(run: proof.Kernel) -> Iterator[proof.Pair]:
+        for keys in (288, 512):
+            q, k, v = (proof.drawn(2, tokens, 3, 128, seed=seed, device=device, dtype=torch.bfloat16) for seed, tokens in enumerate((96, keys, keys)))
+            yield run(q, k, v, None), KERNELS["math"](q.float(), k.float(), v.float(), None), torch.bfloat16
+
+    why = proof.tried(lambda: KERNELS[name], trial)
+    if why is not None:
+        proof.leave_out(f"attention.{name}", why, asked=None)
+    return why is None
 
 
 def missing(name: str, device: torch.device) -> str | None:

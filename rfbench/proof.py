@@ -1,13 +1,14 @@
 """Shortcuts that prove themselves: what rfbench.toml leaves open is taken where it runs and gives what the plain form gives.
 
-A kernel is tried once per process, size and dtype, on a few drawn numbers, beside the plain form that it stands for; a recorded pass
-beside the pass without a recording (`rfbench.backbones.wan.graphs`). So the verdict is there before anything is made by it, and no bit
-of a clip depends on when that was. What fails is left out for the rest of the process, which is said on stderr and recorded by runs;
-where rfbench.toml asks for it, it is an error.
+A kernel is tried once per process, size and dtype, on a few drawn numbers, beside the plain form that it stands for, and so are the kernels
+of attention that are not torch's own choice; a recorded pass beside the pass without a recording (`rfbench.backbones.wan.graphs`). So the
+verdict is there before anything is made by it, and no bit of a clip depends on when that was. What fails is left out for the rest of the
+process, which is said on stderr and recorded by runs; where rfbench.toml asks for it, it is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -51,7 +52,7 @@ def kernel(name: str, asked: bool | None, device: torch.device, sizes: Hashable,
         return None
     key = (name, device, sizes)
     if key not in _verdicts:
-        _verdicts[key] = tried(name, trial)
+        _verdicts[key] = tried(functools.partial(_function, name), trial)
     if (why := _verdicts[key]) is not None:
         leave_out(f"kernels.{name}", why, asked=asked)
         return None
@@ -59,10 +60,10 @@ def kernel(name: str, asked: bool | None, device: torch.device, sizes: Hashable,
 
 
 @torch.no_grad()
-def tried(name: str, trial: Trial) -> str | None:
+def tried(find: Callable[[], Kernel], trial: Trial) -> str | None:
     """What keeps a kernel from being used; None if it is as it should be."""
     try:
-        for found, wanted, dtype in trial(_function(name)):
+        for found, wanted, dtype in trial(find()):
             ours, theirs = _values(found), _values(wanted)
             off = float((ours - theirs).norm() / theirs.norm())
             if not off <= bound(dtype):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfbench import attention
+from rfbench import attention, proof
 from rfbench.attention import attend, rotate, rotations
 from rfbench.errors import UserError
 from rfbench.settings import FastCfg
@@ -104,8 +104,23 @@ def test_the_kernel_is_chosen_by_what_the_device_can_do(
     modules: tuple[str, ...], capability: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has(monkeypatch, *modules, capability=capability)
+    monkeypatch.setattr(attention, "proves_itself", lambda name, device: True)
     assert attention.choose("auto", torch.device("cuda", 0)) == wanted
     assert attention.choose("auto", CPU) == "torch-sdpa"
+
+
+def test_a_kernel_that_fails_or_is_off_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing", lambda name, device: None)
+    monkeypatch.setattr(proof, "left_out", {})
+    plain = attention.KERNELS["torch-sdpa"]
+    broken = {"fa3": lambda q, k, v, mask: 1 / 0, "cudnn": lambda q, k, v, mask: 1.02 * plain(q, k, v, mask)}
+    for name, kernel in broken.items():
+        monkeypatch.setitem(attention.KERNELS, name, kernel)
+    monkeypatch.setitem(attention.KERNELS, "fa2", plain)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert attention.choose("auto", device) == "fa2"
+    assert list(proof.left_out) == ["attention.fa3", "attention.cudnn"]
+    assert "ZeroDivisionError" in proof.left_out["attention.fa3"] and "apart from its plain form" in proof.left_out["attention.cudnn"]
 
 
 def test_a_kernel_that_is_asked_for_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
