@@ -3,7 +3,7 @@
 Where the products are of 8-bit floats (`rfbench.backbones.wan.float8`), what comes out for them is quantised on the way.
 
 Tested with Triton's interpreter on a CPU, and compiled ahead of time for sm_90 as a chunk at full size launches them; none of them has run
-on a GPU yet. `benchmarks.launches` tells what they move and what bounds them: a chunk of the 1.3B student (five passes) is at least 11.8 ms of
+on a GPU yet. `benchmarks.launches` tells what they move and what bounds them: a chunk of the 1.3B student (five passes) is at least 13.1 ms of
 an H100's bandwidth, and its decoding 6.0 ms.
 
 Shapes: B batch, S tokens of a chunk, R = B S rows, K tokens that a cache has room for, M width, h heads, D head width, G groups of rows.

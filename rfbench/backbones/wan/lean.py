@@ -231,9 +231,10 @@ class LeanDiT:
         x_RM = self.model.embed_patches(torch.cat(list(chunks)) if len(chunks) > 1 else chunks[0]).flatten(0, 2)
         size = (len(chunks), batch, x_RM.shape[0] // (len(chunks) * batch))
         rotation = self._rotation(chunks[0]) if cache is None else None
+        h_RM = self._modulate(x_RM, blocks[0][0], blocks[0][1], self.eight)
         for number, (layer, six, text_kv) in enumerate(zip(self.layers, blocks, text, strict=True)):
-            shift1, gain1, gate1, shift2, gain2, gate2 = six
-            look = self._looking(layer, self._modulate(x_RM, shift1, gain1, self.eight), size, cache, rotation)
+            _, _, gate1, shift2, gain2, gate2 = six
+            look = self._looking(layer, h_RM, size, cache, rotation)
             dropped = clean and self.shortcuts.context and number == len(self.layers) - 1
             seen = list[Tensor]()
             for place in range(len(chunks)):
@@ -251,7 +252,10 @@ class LeanDiT:
             x_RM, h_RM = self._add_and_norm(x_RM, gate1, out, *reversed(layer.norm3))
             out = layer.cross_o(self._read(self._norm(layer.cross_q(h_RM), layer.cross_norm_q), size[1:], text_kv))
             x_RM, h_RM = self._add_and_norm(x_RM, None, out, shift2, gain2)
-            x_RM = self._gated(x_RM, gate2, layer.down(self._gelu(layer.up(h_RM))))
+            out = layer.down(self._gelu(layer.up(h_RM)))
+            if number == len(self.layers) - 1:
+                return self._gated(x_RM, gate2, out)
+            x_RM, h_RM = self._add_and_norm(x_RM, gate2, out, *blocks[number + 1][:2])  # what the next layer begins with
         return x_RM
 
     def _looking(self, layer: Layer, x_RM: Rows, size: tuple[int, int, int], cache: Cache | None, rotation: Tensor | None) -> Look:

@@ -76,7 +76,7 @@ def _add_and_modulate(lean: Any, kernel: Kernel) -> Pairs:
     one, each = (width,), (CLIPS, 1, width)
     for x in _rows(lean):
         y = _drawn(lean, len(x), width, seed=4, dtype=own)
-        for gates, tables in ((one, one), (each, one), (None, one), (None, each)):
+        for gates, tables in ((one, one), (each, each), (each, one), (None, one), (None, each)):
             gate = None if gates is None else _drawn(lean, *gates, seed=5, dtype=kept)
             shift, gain = (_drawn(lean, *tables, seed=seed, dtype=kept) for seed in (6, 7))
             total, out = kernel(x, gate, y, shift, gain, lean.eps, eight=lean.eight)
