@@ -1,4 +1,5 @@
-"""Runners: that of diffusers against the real package with tiny random weights, the others against stand-ins with their package's signatures.
+"""Runners: that of diffusers, and where its environment is that of NOVA, against the real package with tiny random weights; the others against
+stand-ins with their package's signatures.
 
 The stand-ins are as upstream has them if the last test passes, which reads pinned checkouts below RFBENCH_UPSTREAM (an environment's `src`).
 """
@@ -8,14 +9,16 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from rfbench import config, envs, external, generate, records, video
+from rfbench import config, envs, external, generate, processes, records, video
 from rfbench.config import External
 from rfbench.fetch import fetch
 from rfbench.items import items_named
@@ -243,6 +246,22 @@ def test_the_pipelines_of_diffusers_take_what_a_baseline_says(name):
     takes = inspect.signature(getattr(diffusers, cfg.settings["pipeline"]).__call__).parameters
     said = {"prompt", "height", "width", "num_frames", "num_inference_steps", "generator", "output_type", *cfg.settings["call"]}
     assert said <= takes.keys()
+
+
+@pytest.mark.skipif("RFBENCH_NOVA_PYTHON" not in os.environ, reason="needs the environment nova; name its interpreter in RFBENCH_NOVA_PYTHON")
+def test_the_real_package_of_nova_with_tiny_random_weights(tmp_path):
+    python, inside, weights = Path(os.environ["RFBENCH_NOVA_PYTHON"]), Path(__file__).with_name("nova_inside.py"), tmp_path / "weights"
+    subprocess.run([python, "-I", inside, weights], env=envs.environ(), check=True)
+    told = config.load(External, "external/nova").settings | {"weights": str(weights), "steps": [4, 3], "height": 64, "width": 64, "fps": 12}
+    items: list[dict[str, Any]] = [
+        {"id": name, "prompt": "red disc", "seed": seed, "frames": 33, "out": str(tmp_path / f"{name}.npy")}
+        for name, seed in (("a", 2**63 - 1), ("b", 5), ("again", 5))
+    ]
+    outcomes = list(processes.work(processes.Program(python, inside, told, 300, 120), items, tmp_path))
+    assert [(outcome.error, outcome.row and outcome.row["stamps"][0][1]) for outcome in outcomes] == [(None, 33)] * 3
+    a, b, again = (np.load(item["out"]) for item in items)
+    assert a.shape == (33, 64, 64, 3) and a.dtype == np.uint8
+    assert (b == again).all() and (a != b).any()
 
 
 CALLED: dict[str, dict[str, list[str]]] = {  # what a runner or a baseline says to upstream: file, function -> arguments
