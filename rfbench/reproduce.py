@@ -93,7 +93,7 @@ def show(plan: Plan) -> None:
 
     folder, study = settings().runs, plan.study
     table = Table(title=f"study {plan.name}", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("", "train", *study.suites, *(["profile"] if study.profile else [])):
+    for column in ("", *(["train"] if plan.trainings else []), *study.suites, *(["profile"] if study.profile else [])):
         table.add_column(column)
     for training in plan.trainings:
         if training.name not in {member.training for member in plan.members}:
@@ -102,7 +102,7 @@ def show(plan: Plan) -> None:
     profiles = [records.read_run(path.parent).status for path in (folder / "profile" / plan.name).glob("*/run.json")]
     timed = "done" if records.DONE in profiles else "to do"
     for member in plan.members:
-        cells = [_trained(folder / "train" / member.training, trainings[member.training]) if member.training else ""]
+        cells = [_trained(folder / "train" / member.training, trainings[member.training]) if member.training else ""] if plan.trainings else []
         for suite in study.suites:
             asked = member.suites.get(suite)
             cells.append(_clips(folder / "bench" / member.name / asked.name, asked, study.scorers) if asked else "")
