@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, ImageSequence
 from safetensors.torch import save_file
 
-from rfbench import attention, baselines, evaluate, filming, generate, records, sampler, suites, video
+from rfbench import attention, baselines, evaluate, filming, generate, proof, records, sampler, suites, video
 from rfbench.errors import UserError
 from rfbench.scorers.base import read_video
 from rfbench.settings import settings
@@ -387,6 +387,23 @@ def test_a_sample_goes_on_from_given_frames(student, tmp_path):
             generate.sample(student, PROMPTS[0], given=path, seed=4, frames=frames, out=tmp_path / "no.mp4")
     with pytest.raises(UserError, match="cannot go on from given frames"):
         generate.sample("toy/teacher", PROMPTS[0], given=first, seed=3, frames=33, out=tmp_path / "no.mp4")
+
+
+def test_a_shortcut_that_fails_while_clips_are_made_is_recorded(tmp_path, suite, monkeypatch):
+    left_out = dict[str, str]()
+    monkeypatch.setattr(proof, "left_out", left_out)
+    film = filming.film
+
+    def fails(*given: Any, **options: Any) -> None:
+        left_out["joint"] = "gives other bits"
+        film(*given, **options)
+
+    directory = generate.generate(models.write(tmp_path), suite)
+    plain = records.read_run(directory).recorded
+    monkeypatch.setattr(filming, "film", fails)
+    found = records.read_run(generate.generate(models.write(tmp_path), suite, fresh=True)).recorded
+    assert "left_out" not in plain and found["left_out"] == {"joint": "gives other bits"}
+    assert [name for name in plain["shortcuts"] if name != "joint"] == found["shortcuts"] != plain["shortcuts"]
 
 
 def test_what_is_told_about_a_baseline_may_change_without_making_its_clips_again(tmp_path, suite):

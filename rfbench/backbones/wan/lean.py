@@ -166,7 +166,7 @@ class LeanDiT:
     def cache(self, cfg: CacheCfg, shape: CacheShape, **options: Any) -> KVCache:
         """A `KVCache` for one stream; in the memory of one that ended, if there are recordings that know where that is."""
         shape = replace(shape, latents=room(cfg, shape.latents))  # clips of any length share a window
-        self.caches = [(key, cache) for key, cache in self.caches if key[1].batch == shape.batch]  # for those of others there may be no room
+        self.caches[:] = [(key, cache) for key, cache in self.caches if key[1].batch == shape.batch]  # for those of others there may be no room
         for number, (key, cache) in enumerate(self.caches):
             if key == (cfg, shape, options):
                 del self.caches[number]
