@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rfbench import flops, hardware, rungs
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.toy import ToyBackbone
+from rfbench.backbones.wan import graphs, lean
 from rfbench.backbones.wan.lean import LeanDiT, Shortcuts, usable
 from rfbench.config import CacheCfg, SamplerCfg
 from rfbench.naive import naive, possible
 from rfbench.sampler import clip_noise, stream
 from tests import models
-from tests.tiny import Tiny, distance
+from tests.tiny import Remembered, Tiny, distance, recordings
 
 LATENTS = 18  # six chunks: with a window of nine frames, three of them evict
 
@@ -174,6 +175,25 @@ def test_without_a_clean_pass_later_chunks_look_back_at_the_last_step(backbone, 
     lean = LeanDiT(backbone.denoiser, Shortcuts(joint=False))
     made = stream(backbone, text, 12, dataclasses.replace(cfg, context="clean"), clip_noise(backbone, [0]), lean=lean)
     assert distance(bare, torch.cat([c.latent_BFCHW for c in made], 1)) < 1e-6
+
+
+def test_no_rung_records_a_pass_while_it_is_timed(backbone, monkeypatch):
+    """Passes are recorded when they come for the second time, and a short clip has most of them once."""
+    monkeypatch.setattr(rungs, "off", lambda *given: lambda way: {way.name: {}})
+    monkeypatch.setattr(lean, "ON", {})
+    monkeypatch.setattr(graphs, "Cuda", Remembered)
+    counts, run = list[int](), rungs.streamed(shortcuts := Shortcuts(kernels=False))
+    find = LeanDiT.done
+
+    def done(own: LeanDiT, cache: Any) -> None:
+        find(own, cache)
+        counts.append(recordings(own))
+
+    monkeypatch.setattr(LeanDiT, "done", done)
+    cfg = student()
+    ways = [rungs.Way("naive", "reference", rungs.reference, backbone, cfg), rungs.Way("graphs", "exact", run, backbone, cfg, shortcuts)]
+    rungs.climb("a red disc", ways, chunks=5, turns=2, peak=None)
+    assert len(counts) == 4 and 0 < counts[1] == counts[2] == counts[3]
 
 
 def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypatch):
