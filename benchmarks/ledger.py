@@ -12,7 +12,7 @@ On two cores of which others used one and a half, in November 2026 (before: when
     status                               1.5 s, 198 MB    (3.9 s, 398 MB)
     asked for again, all there           1.9 s,  99 MB    (4.7 s, 434 MB)
     scored again, all there              1.7 s, 212 MB    (2.9 s, 200 MB; 1.6 s of it computing, now as then)
-    gone on with, one clip is not there  1.7 s,  89 MB to read the books; 3.5 s, 276 MB with torch and the model, which take 1.3 s of any run
+    gone on with, one clip is not there  1.6 s,  89 MB to read the books; 3.0 s, 276 MB with torch and the model, which take 1.4 s of any run
 """
 
 from __future__ import annotations
