@@ -33,6 +33,7 @@ def export(run: Path, out: Path, *, scorer: str = "vbench") -> Path:
     found = records.read_run(run)
     if found.verb != "generate":
         raise UserError(f"{run} is a {found.verb} run; only the clips of `rfbench generate` can be exported")
+    records.refuse_unwritable(out if out.suffix in (".json", ".zip") else out / "x", str(out))
     clips = records.read_clips(run)
     suite = found.inputs["suite"]
     problems = staging.preflight(clips, suite, run)

@@ -246,8 +246,7 @@ def sample(
     Raises:
         UserError: the baseline, a prompt, a switch, what is given, the length or the kind of file cannot be used; the disk is full (code 1).
     """
-    if (why := records.unwritable(out)) is not None:
-        raise UserError(f"--out {out}: {why}; name another place")
+    records.refuse_unwritable(out, f"--out {out}")
     if config.is_external(baseline):
         from rfbench import external
 

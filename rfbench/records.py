@@ -140,15 +140,19 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def unwritable(path: Path) -> str | None:
-    """Why no file can be written at a path; None if one can. Nothing is left there, and no folder made."""
+def refuse_unwritable(path: Path, asked: str) -> None:
+    """See, before there is work for it, that a file can be written at a path; nothing is left there, and no folder made.
+
+    Raises:
+        UserError: it cannot; names what was `asked` for.
+    """
     if path.is_dir():
-        return "it is a directory"
+        raise UserError(f"{asked}: it is a directory; name another place")
     try:
         with tempfile.TemporaryFile(dir=next(parent for parent in path.absolute().parents if parent.exists())):
-            return None
+            pass
     except OSError as error:
-        return f"no file can be written there ({os.strerror(error.errno or 0).lower()})"
+        raise UserError(f"{asked}: no file can be written there ({os.strerror(error.errno or 0).lower()}); name another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

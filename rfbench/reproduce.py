@@ -32,6 +32,7 @@ def reproduce(study: str, *, only: Sequence[str] = (), limit: int | None = None,
     """
     plan = studies.plan_of(study, only, limit)
     out = out or settings().reports / plan.name
+    records.refuse_unwritable(out / "index.html", f"--out {out}")
     show(plan)
     for sentence in studies.lacking(plan):
         raise UserError(sentence)

@@ -281,3 +281,24 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path, capsys, monke
     with pytest.raises(SystemExit) as ended:
         cli.main(["generate", "toy/ode-init"])
     assert ended.value.code == 1 and "name another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "{folder}/file/x"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(place, capsys, tmp_path):
+    """What was asked for may take days, and its report would be the last of it."""
+    (tmp_path / "file").touch()
+    out, one, other = place.format(folder=tmp_path), tmp_path / "one", tmp_path / "other"
+    for directory in (one, other):
+        records.write_run(directory, records.Run("generate", f"{directory.name}/smoke", {}, "0", {}))
+    before = sorted(tmp_path.rglob("*"))
+    page = ("compare", str(one), str(other), "--out", f"{out}.html")
+    for command in (
+        ("report", "--out", out),
+        ("reproduce", "toy", "--out", out),
+        ("export", str(one), out),
+        ("export", str(one), f"{out}.zip"),
+        page,
+    ):
+        code, told, error = call(capsys, *command)
+        assert (code, told) == (2, "") and "no file can be written there (" in error and error.endswith("); name another place\n")
+    assert sorted(tmp_path.rglob("*")) == before

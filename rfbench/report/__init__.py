@@ -36,6 +36,7 @@ def report(runs: list[Path], *, study: str | None, out: Path, record: bool = Fal
     store = settings().reports / "records"
     if check:
         return _check(out if study else None)
+    records.refuse_unwritable(out / checking.PAGE, f"--out {out}")
     findings: tuple[Finding, ...] = ()
     if study is None:
         board = leaderboard.read_runs(runs or sources.all_runs(settings().runs))

@@ -100,6 +100,8 @@ def compare(one: Path, other: Path, out: Path | None = None) -> list[dict[str, A
     Raises:
         UserError: one is not whole, they are not of the same suite and scorers, or they are one run.
     """
+    if out is not None:
+        records.refuse_unwritable(out, f"--out {out}")
     names = [evidence.run_of(path).name for path in (one, other)]
     if names[0] == names[1]:
         raise UserError(f"both are {names[0]}; name two runs, for example toy/ode-init/toy-short and toy/teacher/toy-short")
