@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfbench import baselines, cli, profiling, records, rungs, sampler, stopwatch, timing
+from rfbench import baselines, cli, ladder, profiling, records, rungs, sampler, stopwatch, timing
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan import graphs, lean
 from rfbench.backbones.wan.dit import DiTCfg
@@ -427,6 +427,8 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
     assert found["recorded"]["left_out"] == {} and found["rungs"][-1]["first"] < 1e-6, "another decoder leaves latents as they are"
     assert all(rung["ms_low"] <= rung["ms"] <= rung["ms_high"] and rung["share"] > 0 for rung in found["rungs"])
     assert "times as fast" in told
+    apart = {row[""]: row["error of rung 0 ×"] for row in ladder.table(found)}
+    assert apart["no context"].endswith(" apart") and float(apart["no context"].split()[0]) > 1e-4, "its first chunk has nothing to look back at"
     stamp = (Path(found["path"]) / "run.json").stat().st_mtime_ns
     assert outcome(["profile", str(path), "--ladder", *fields]) == 0 and (Path(found["path"]) / "run.json").stat().st_mtime_ns == stamp
 
