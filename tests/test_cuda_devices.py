@@ -194,6 +194,9 @@ def test_pixels_are_made_there_and_leave_as_bytes(which: str, kernels: bool, lau
     size = (1, 3, member.dit.in_dim, backbone.shape.height, backbone.shape.width)
     with hardware.by(Shortcuts(kernels=None if kernels else False)):
         decode = onto(backbone).decoder()
+        convs = [part for part in (backbone.tiny or backbone.vae).modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
+        lying = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+        assert all(conv.weight.is_contiguous(memory_format=lying[type(conv)]) for conv in convs), "as frames do, or cuDNN copies them in every call"
         strict.inside = strict.narrow = True
         shown = [video.as_uint8(decode(torch.empty(size, dtype=torch.bfloat16, device=CUDA))) for _ in range(3)]
     assert [frames.shape[1] for frames in shown] == [9, 12, 12] and bool(launched) == kernels

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rfbench.backbones.base import TEMPORAL
-from rfbench.backbones.wan.vae import AT_ONCE, Past, in_space, in_time, pointwise
+from rfbench.backbones.wan.vae import AT_ONCE, Past, channels_last, in_space, in_time, pointwise
 from rfbench.weights import load_into
 
 WIDTHS = (256, 128, 64, 64)  # channels at the latents' resolution, and after each doubling of it
@@ -97,6 +97,7 @@ class TinyDecoder:
     approximate = True
 
     def __init__(self, vae: TinyVAE) -> None:
+        channels_last(vae)
         self.vae = vae
         self.past: Past = {}
 

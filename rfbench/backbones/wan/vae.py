@@ -155,6 +155,14 @@ def norm_silu(x_BTHWC: Tensor) -> proof.Kernel | None:
     return proof.kernel("norm_silu", kernels(device), device, (width, dtype), trial)
 
 
+def channels_last(model: nn.Module) -> None:
+    """On a GPU, lay convolutions' weights as frames lie here: cuDNN would copy them in every call."""
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d | nn.Conv3d) and conv.weight.is_cuda:
+            layout = torch.channels_last if isinstance(conv, nn.Conv2d) else torch.channels_last_3d
+            conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
+
+
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of kernel size 1 as the matrix product that it is; channels are last."""
     assert isinstance(conv, nn.Conv2d | nn.Conv3d)
@@ -378,6 +386,7 @@ class WanDecoder:
     approximate = False
 
     def __init__(self, vae: WanVAE) -> None:
+        channels_last(vae)
         self.vae = vae
         self.past: Past = {}
         self.mean, self.std = latent_scale(vae)
