@@ -142,6 +142,13 @@ def test_a_stream_stays_on_its_gpu(policy: str, rope: Any, joint: bool, kernels:
     assert made == 4 and strict.seen > 500 and bool(launched) == kernels
 
 
+@pytest.fixture(autouse=True)
+def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel can prove itself without numbers, which must not count for other tests."""
+    monkeypatch.setattr(proof, "left_out", {})
+    monkeypatch.setattr(proof, "_verdicts", {})
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels are taken as if they had proved themselves; what is launched is noted, and all that it is given has to be on the GPU."""
@@ -163,7 +170,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if name.startswith("_") and type(value).__name__ in ("JITFunction", "InterpretedFunction"):
             monkeypatch.setattr(kernels, name, Launch(name))
     monkeypatch.setattr(proof, "tried", lambda name, trial: None)
-    monkeypatch.setattr(proof, "_verdicts", {})
     return found
 
 
