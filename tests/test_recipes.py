@@ -33,6 +33,7 @@ from rfbench.settings import HOME
 from rfbench.train import Trainer, train
 from rfbench.updates import Updater
 from tests import models
+from tests.test_cli import call
 from tests.test_generate import write_suite
 from tests.test_methods import BATCH, DMD, REDMD, SCORES, gradients
 from tests.test_train import ABOUT, OPTIM, recipe, tiny, write  # noqa: F401
@@ -309,6 +310,36 @@ def test_a_job_of_an_array_makes_its_shard(tmp_path: Path) -> None:
         command = ["bash", str(HOME / "recipes" / "slurm-array.sbatch"), "self-forcing", "--suite", "smoke"]
         asked.append(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip())
     assert asked == [f"generate self-forcing --suite smoke --shard {number}/3" for number in (1, 2, 3)]
+
+
+def test_the_nodes_of_a_job_train_one_recipe(
+    tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch file with stand-ins for SLURM and the launcher; accelerate takes what each node tells it, and rfbench what it starts."""
+    launch = pytest.importorskip("accelerate.commands.launch")
+    stand_ins = {
+        "scontrol": '[ "$*" = "show hostnames gpu[7-8]" ] && printf "gpu7\\ngpu8\\n"',
+        "srun": 'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+        "accelerate": 'printf "%s\\n" "$@" >> told; echo . >> told',
+    }
+    for name, does in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    asked = ["toy/teacher", "optim.betas=[0.5, 0.9]", "--name", "spread"]
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "gpu[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12"}
+    command = ["bash", str(HOME / "recipes" / "slurm.sbatch"), *asked]
+    subprocess.run(command, env=variables, cwd=tmp_path, check=True)
+    nodes = [said.splitlines() for said in (tmp_path / "told").read_text().split("\n.\n") if said]
+    assert len(nodes) == 2
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+    for number, (verb, *said) in enumerate(nodes):
+        args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(said))
+        launch.prepare_multi_gpu_env(args)
+        assert verb == "launch" and args.multi_gpu and (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", number)
+        assert (args.rdzv_backend, args.rdzv_endpoint, args.mixed_precision) == ("c10d", "gpu7:29500", "no")
+        assert args.module and args.training_script == "rfbench.cli"
+        assert args.training_script_args == ["train", *asked]
+    assert call(capsys, *args.training_script_args, "--dry-run")[0] == 0
 
 
 @pytest.fixture
