@@ -1,7 +1,8 @@
 """What a study will cost, told before anything is there: clips, hours, downloads, disk, and what this machine lacks.
 
 Hours are those of making clips, frames over frames per second: as measured by `rfbench profile` or by earlier clips of the
-same contender, else as somebody printed it, and each row says which and on what device. Training, scoring and timing are not in them.
+same contender, else as a system's own file has it for its own size (`takes_s`), else as somebody printed it, and each row says which
+and on what device. Training, scoring and timing are not in them.
 """
 
 from __future__ import annotations
@@ -210,18 +211,22 @@ def _speed(member: Member, systems: Sequence[str | None], frames: int, directory
     if isinstance(member.cfg, External):
         if times := external.times(directory):
             return Speed(external.summary(times)["clip_fps"], hardware.name(baselines.device()), f"measured over {len(times)} clips of this run")
+        if seconds := member.cfg.takes_s:
+            own = f"{seconds:g} s for its {member.cfg.frames} frames of {member.cfg.width}x{member.cfg.height}"
+            return Speed(member.cfg.frames / seconds, _named_device(member.cfg.takes_by), f"{own}, says {member.cfg.takes_by}")
     else:
         metric = "e2e_fps" if frames > timing.CLIP else "clip_fps"  # a long clip is a stream for the most part
         for name in (metric, "clip_fps"):
             if found := measured.get(f"{name} {profiling.same_speed(member.cfg)}"):
                 return found
     rows = [row for system in systems for row in sorted(published.about(system), key=lambda row: BELIEVED.index(row.whose)) if row.metric == "fps"]
-    return next((Speed(row.value, _printed_device(row), f"printed by {row.by} ({row.where}); {row.whose}") for row in rows), None)
+    size = f"; whether at its own {member.cfg.width}x{member.cfg.height} is not known" if isinstance(member.cfg, External) else ""
+    return next((Speed(row.value, _named_device(row.protocol), f"printed by {row.by} ({row.where}); {row.whose}{size}") for row in rows), None)
 
 
-def _printed_device(row: published.Reported) -> str:
-    """What a printed speed was measured on, as far as its protocol says."""
-    named = re.search(r"\bone ([A-Z]+\d+)\b", row.protocol)
+def _named_device(told: str) -> str:
+    """What a speed of somebody else's was measured on, as far as it is told."""
+    named = re.search(r"\bone ([A-Z]+\d+)\b", told)
     return named[1] if named else "a GPU"
 
 

@@ -248,6 +248,8 @@ class External:
     parts: dict[str, WeightsCfg] = field(default_factory=dict)  # other weights that the runner loads
     startup_s: float = 1800.0  # limit for loading
     clip_s: float = 3600.0  # limit for a clip
+    takes_s: float | None = None  # seconds that a clip of its own length and size is known to take once the model is loaded; for plans alone
+    takes_by: str = ""  # who says so, and on what
     paper: str | None = None
     code: str | None = None
     saw: tuple[str, ...] = ()

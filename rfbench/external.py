@@ -33,7 +33,19 @@ from rfbench.weight_files import commits, identity, resolve
 Pixels = npt.NDArray[np.uint8]
 RUNNERS = Path(__file__).parent / "runners"
 SHORT_S = 81 / 16  # the short class of clips, to which every system brings its own length
-TOLD = ("title", "weights", "parts", "license", "paper", "code", "saw", "startup_s", "clip_s")  # of a baseline, what no video depends on
+TOLD = (
+    "title",
+    "weights",
+    "parts",
+    "license",
+    "paper",
+    "code",
+    "saw",
+    "startup_s",
+    "clip_s",
+    "takes_s",
+    "takes_by",
+)  # of a baseline, what no video depends on
 
 
 @dataclass(frozen=True)

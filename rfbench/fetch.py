@@ -400,7 +400,10 @@ def _show(sources: Sequence[Source]) -> None:
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
     if sources:
         console.print(table)
-    say(f"{len(todo)} of {len(sources)} files to fetch into {store}, {_size(sum(source.size or 0 for source in todo))}")
+    known = [source.size for source in todo if source.size is not None]
+    unknown = f"{len(todo) - len(known)} of unknown size" if len(known) < len(todo) else ""
+    sizes = " and ".join(filter(None, (_size(sum(known)) if known or not todo else "", unknown)))
+    say(f"{len(todo)} of {len(sources)} files to fetch into {store}, {sizes}")
 
 
 def _size(count: int | None) -> str:

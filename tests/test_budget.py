@@ -28,14 +28,15 @@ def test_table_1_without_weights_or_prompts(folders):
     assert {cost.clips for cost in costs.values()} == {946 * 5}
     assert costs["reward-forcing"].hours == pytest.approx(4730 * 81 / 23.1 / 3600)
     assert costs["reward-forcing"].wall_hours == pytest.approx(74 * 81 / 23.1 / 3600)  # 4730 = 73 * 64 + 58
-    assert costs["magi-1"].hours == pytest.approx(4730 * 96 / 0.19 / 3600)  # of its own length
-    assert "own" in costs["reward-forcing"].source and "competitor" in costs["magi-1"].source
+    assert costs["magi-1"].hours == pytest.approx(4730 * 770 / 3600)  # of its own length and size, not as printed of another
+    assert "own" in costs["reward-forcing"].source and "770 s for its 96 frames of 720x720, says a third party on one H100" in costs["magi-1"].source
+    assert costs["magi-1"].device == "H100" and "competitor; whether at its own 768x480 is not known" in costs["nova"].source
     assert costs["magi-1"].disk_bytes == round(4730 * 96 * 720 * 720 / 8) and not costs["magi-1"].disk_measured
     assert found.hours == pytest.approx(sum(cost.hours or 0 for cost in costs.values()))
     slowest = next(iter(found.by_contender))
     assert slowest == "magi-1"
     told = "\n".join(budget.sentences(found))
-    assert f"the bottleneck is magi-1 with {74 * 96 / 0.19 / 3600:.1f} h" in told
+    assert f"the bottleneck is magi-1 with {74 * 770 / 3600:.1f} h" in told
     assert "on 64 GPUs" in told and {costs[name].device for name in ("reward-forcing", "rolling-forcing")} == {"H100", "a GPU"}
     assert "rfbench env magi-1" in told and "rfbench env vbench" in told and "rfbench fetch wan/reward-forcing" in told
     self_forcing = [one for one in found.downloads if one.repo == "gdhe17/Self-Forcing"]
