@@ -74,7 +74,8 @@ def profile(
         if not ranks.first:
             _measure(Trainer(cfg, directory, sources, ranks), repeats, lambda step: None)
             return directory
-        with provenance.session(directory, "profile", called, inputs | {"repeats": repeats, "processes": ranks.size}, fresh=fresh) as run:
+        inputs |= {"repeats": repeats, "processes": ranks.size, "settings": hardware.timed_by()}
+        with provenance.session(directory, "profile", called, inputs, fresh=fresh) as run:
             if run.done:
                 return directory
             trainer = Trainer(cfg, directory, sources, ranks)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rfbench import strict
 from rfbench.settings import Shortcuts, settings
 
 ASKED = (  # of nvidia-smi; clocks in MHz, power in W, temperature in degrees Celsius
@@ -58,6 +59,13 @@ def software(device: torch.device) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found["triton"] = None
     return found
+
+
+def timed_by() -> dict[str, Any]:
+    """Of the settings of this machine, those that a speed depends on, so that a timing is identified by them as well, unlike videos: `[fast]` of
+    rfbench.toml but for the size of `generate`'s passes, and the number of threads."""
+    fast: dict[str, Any] = strict.as_plain(settings().fast)
+    return {key: value for key, value in fast.items() if key != "tokens"} | {"threads": torch.get_num_threads()}
 
 
 def state(device: torch.device) -> dict[str, Any]:

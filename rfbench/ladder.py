@@ -54,7 +54,7 @@ def profile(
     device = baselines.device()
     machine = hardware.name(device)
     directory = settings().runs / "ladder" / ready.name / machine
-    inputs = {"contender": ready.inputs(), "chunks": chunks, "repeats": repeats}
+    inputs = {"contender": ready.inputs(), "chunks": chunks, "repeats": repeats, "settings": hardware.timed_by()}
     with provenance.session(directory, "ladder", f"{ready.name}/{machine}", inputs, fresh=fresh) as run:
         if not run.done:
             run.record(

@@ -122,6 +122,7 @@ def profile(
     machine = hardware.name(device)
     directory = settings().runs / verb / ready.name / machine
     inputs = {"contender": ready.inputs(), "repeats": repeats} | ({"batches": sorted(batches)} if batches else {"chunks": chunks})
+    inputs |= {"settings": hardware.timed_by()}
     with provenance.session(directory, verb, f"{ready.name}/{machine}", inputs, fresh=fresh) as run:
         if not run.done:
             run.record(
@@ -204,7 +205,7 @@ def document(directory: Path) -> dict[str, Any]:
     """A finished run as one JSON document: `tried` has, for each number of clips or streams, every repetition's figures."""
     run, trials = records.read_run(directory), read_trials(directory)
     found: dict[str, Any] = {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds}
-    found |= {"asked": {key: value for key, value in run.inputs.items() if key != "contender"}, "recorded": run.recorded}
+    found |= {"asked": {key: value for key, value in run.inputs.items() if key not in ("contender", "settings")}, "recorded": run.recorded}
     if run.verb == "streams":
         found |= {"streams": run.result["streams"], "by": run.result["by"], "most_tried": MOST, "target": TARGET, "buffer": BUFFER}
     fps, rows = run.recorded["fps"], []

@@ -104,6 +104,7 @@ def in_turn(
     machine = hardware.name(device)
     directory = settings().runs / "profile" / name / machine
     inputs = {"contenders": {one.name: one.inputs() for one in ready}, "chunks": chunks, "repeats": repeats, "processes": processes}
+    inputs |= {"settings": hardware.timed_by()}
     with provenance.session(directory, "profile", f"{name}/{machine}", inputs, fresh=fresh) as run:
         path = directory / "rounds.jsonl"
         if run.done and not path.exists():

@@ -220,7 +220,7 @@ def _open(directory: Path, wanted: Run) -> RunHandle:
         raise UserError(f"{directory} holds a {run.verb} run, not a {wanted.verb} run; choose another --name")
     if run.fingerprint != wanted.fingerprint:
         raise UserError(
-            f"{directory} holds a run with other inputs ({_said(differences(run.inputs, wanted.inputs))}); "
+            f"{directory} holds a run with other inputs ({said(differences(run.inputs, wanted.inputs))}); "
             "add --fresh to replace it, or give this one a --name of its own"
         )
     return RunHandle(directory, run, resumed=True)
@@ -255,7 +255,8 @@ def _short(value: Any, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _said(found: list[str], limit: int = 5) -> str:
+def said(found: list[str], limit: int = 5) -> str:
+    """The first of them in one line."""
     return "; ".join(found[:limit]) + (f"; and {len(found) - limit} more" if len(found) > limit else "")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rfbench import baselines, budget, evaluate, generate, profiling, records, report, studies, train
+from rfbench import baselines, budget, evaluate, generate, hardware, profiling, provenance, records, report, studies, train
 from rfbench.config import Baseline, ProfileCfg
 from rfbench.errors import UserError
 from rfbench.progress import say
@@ -36,6 +36,8 @@ def reproduce(study: str, *, only: Sequence[str] = (), limit: int | None = None,
     show(plan)
     for sentence in studies.lacking(plan):
         raise UserError(sentence)
+    if plan.study.profile is not None and not only and not fresh:
+        _refuse_other_settings(plan)
     failed: list[str] = []
     chosen = {member.training for member in plan.members}
     for training in plan.trainings:
@@ -85,6 +87,19 @@ def _time(plan: Plan, asked: ProfileCfg, fresh: bool) -> None:
     ready = [baselines.prepare(member.baseline, member.overrides, name=member.name) for member in plan.members if member.timed_as == member.name]
     stand_ins = {member.name: member.timed_as for member in plan.members if member.timed_as not in (None, member.name)}
     profiling.in_turn(plan.name, ready, timed_as=stand_ins, fresh=fresh, chunks=asked.chunks, repeats=asked.repeats, processes=asked.processes)
+
+
+def _refuse_other_settings(plan: Plan) -> None:
+    """
+    Raises:
+        UserError: the study's contenders were timed here by other settings of the machine, with what to do that leaves all else as it is.
+    """
+    directory = settings().runs / "profile" / plan.name / hardware.name(baselines.device())
+    if (directory / "run.json").exists():
+        then = records.read_run(directory).inputs.get("settings", {})
+        if found := provenance.differences(then, hardware.timed_by()):
+            told = provenance.said(found)
+            raise UserError(f"{directory} was timed by other settings of this machine ({told}); set them back, or remove it to time all again")
 
 
 def show(plan: Plan) -> None:

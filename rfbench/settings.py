@@ -69,7 +69,7 @@ class Shortcuts:
 
 @dataclass(frozen=True)
 class FastCfg:
-    """How networks run on this machine. No video depends on it but for rounding, so a run records it and is not identified by it."""
+    """How networks run on this machine. No video depends on it but for rounding: a run records it, and is identified by it only if it is timed."""
 
     attention: Literal["auto", "fa3", "cudnn", "fa2", "torch-sdpa", "math"] = "auto"  # see `rfbench.attention.choose`
     shortcuts: Shortcuts = Shortcuts()

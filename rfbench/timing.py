@@ -228,7 +228,7 @@ TIMINGS: dict[str, Timing] = {
     "dit_fps_no_context": Timing(
         Metric(True, "FPS", "The same without the context pass, as some publish it: a stream cannot go on without that pass."),
         lambda turn: _dit_fps(turn.apart if turn.joint else turn.stream, turn.steady, denoising),
-        counts="the same without the context pass",
+        counts="steps alone; of a short stream apart where passes are joined",
     ),
     "e2e_fps": Timing(
         Metric(True, "FPS", f"Frames over the time that they take until they can be read, {COUNTED}: decoding and copying included."),

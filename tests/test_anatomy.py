@@ -13,6 +13,7 @@ from rfbench import anatomy, flops, records
 from rfbench.anatomy import Arithmetic, Step, summary
 from rfbench.errors import UserError
 from rfbench.memory import held
+from tests.test_profiling import switch_off
 from tests.test_train import EMA, FORCED, recipe, tiny, write
 from tests.tiny import CFG, Tiny, normal
 
@@ -48,7 +49,7 @@ def test_what_is_recomputed_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("more", "random_weights"), [({}, False), ({}, True), ({"rollout": FORCED, "data": {"clips": 3}}, False)])
-def test_a_step_is_taken_apart(more: dict[str, object], random_weights: bool, tmp_path: Path) -> None:
+def test_a_step_is_taken_apart(more: dict[str, object], random_weights: bool, tmp_path: Path, folders: Path) -> None:
     path = write(tmp_path, "redmd", **more)
     directory = anatomy.profile(path, ["accumulate=2"], name="x", repeats=2, random_weights=random_weights)
     found = anatomy.document(directory)
@@ -68,6 +69,9 @@ def test_a_step_is_taken_apart(more: dict[str, object], random_weights: bool, tm
     table = anatomy.table(found)
     assert [next(iter(row.values())) for row in table if not next(iter(row.values())).startswith("held: ")] == list(steps["mean"])
     assert anatomy.profile(path, ["accumulate=2"], name="x", repeats=2, random_weights=random_weights) == directory  # what is done is not done again
+    switch_off(folders, "merged")
+    with pytest.raises(UserError, match=r"settings\.shortcuts\.merged: true -> false"):
+        anatomy.profile(path, ["accumulate=2"], name="x", repeats=2, random_weights=random_weights)
 
 
 def test_what_roles_hold_is_as_planned_but_for_gradients(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfbench import baselines, cli, load, records, sampler, stopwatch, video
+from rfbench.errors import UserError
 from rfbench.load import Trial, largest
 from rfbench.timing import Chunk
 from tests import models
+from tests.test_profiling import switch_off
 from tests.test_timing import steady
 
 
@@ -79,6 +81,9 @@ def test_a_machine_of_known_speed_carries_what_it_has_time_for(tmp_path, folders
     stamp = (directory / "trials.jsonl").read_bytes()
     load.profile(path, [], chunks=12, repeats=2)
     assert len(asked) == 33 and (directory / "trials.jsonl").read_bytes() == stamp
+    switch_off(folders, "joint")
+    with pytest.raises(UserError, match=r"other inputs \(settings\.shortcuts\.joint: true -> false\)"):
+        load.profile(path, [], chunks=12, repeats=2)
 
 
 def test_trials_that_were_made_are_not_made_again(tmp_path, folders, asked, monkeypatch):

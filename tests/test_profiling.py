@@ -134,6 +134,38 @@ def test_other_contenders_in_the_same_place_are_refused(tmp_path, monkeypatch):
         profiling.in_turn("pair", prepared(tmp_path, "a", "c"), chunks=8, repeats=1)
 
 
+def switch_off(folders: Path, *shortcuts: str) -> None:
+    """Write rfbench.toml without these shortcuts."""
+    path = folders / "rfbench.toml"
+    path.write_text(path.read_text().partition("[fast")[0] + "[fast.shortcuts]\n" + "".join(f"{name} = false\n" for name in shortcuts))
+
+
+def test_what_was_timed_by_other_settings_is_not_given_for_these_nor_mixed_with_them(tmp_path, folders, monkeypatch):
+    """A run that is done, and one that is cut short and would go on."""
+    replace_processes(monkeypatch, Machine(), {"a": 1.0})
+    ready = prepared(tmp_path, "a")
+    asked: dict[str, Any] = {"chunks": 8, "repeats": 2}
+    profiling.in_turn("done", ready, **asked)
+    replace_processes(monkeypatch, Machine(dies_at=1), {"a": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        profiling.in_turn("half", ready, **asked)
+    replace_processes(monkeypatch, Machine(), {"a": 1.0})
+    switch_off(folders, "joint", "merged")
+    for name in ("done", "half"):
+        rows = (folders / "runs" / "profile" / name / "cpu" / "rounds.jsonl").read_bytes()
+        with pytest.raises(UserError, match=r"settings\.shortcuts\.joint: true -> false; settings\.shortcuts\.merged: true -> false\); add --fresh"):
+            profiling.in_turn(name, ready, **asked)
+        assert (folders / "runs" / "profile" / name / "cpu" / "rounds.jsonl").read_bytes() == rows
+    profiling.in_turn("done", ready, **asked, fresh=True)
+    switch_off(folders)
+    assert len(timing.read_rounds(profiling.in_turn("half", ready, **asked))) == 2
+    (folders / "rfbench.toml").write_text("[hardware.cpu]\ntitle = 'CPU'\nmatch = 'cpu'\n[fast]\ntokens = 7\n")
+    profiling.in_turn("half", ready, **asked)  # nothing of it is timed
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(UserError, match=r"settings\.threads: 1 -> 7"):
+        profiling.in_turn("half", ready, **asked)
+
+
 def changed(rounds: list[Round], **how: Any) -> list[Any]:
     plain = [dataclasses.asdict(each) for each in rounds]
     plain[0]["turns"][0]["stream"][3].update(how)
@@ -413,7 +445,7 @@ def outcome(words: list[str]) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
+def test_a_ladder_is_a_run_with_a_document(tmp_path, folders, capsys, monkeypatch):
     monkeypatch.setattr(rungs, "ENOUGH", 2)
     path = models.write(tmp_path, "student")
     fields = ["sampler.steps=[1000,500]", "--chunks", "5", "--repeats", "2", "--name", "climb"]
@@ -431,6 +463,9 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, capsys, monkeypatch):
     assert apart["no context"].endswith(" apart") and float(apart["no context"].split()[0]) > 1e-4, "its first chunk has nothing to look back at"
     stamp = (Path(found["path"]) / "run.json").stat().st_mtime_ns
     assert outcome(["profile", str(path), "--ladder", *fields]) == 0 and (Path(found["path"]) / "run.json").stat().st_mtime_ns == stamp
+    (folders / "rfbench.toml").write_text("[hardware.cpu]\ntitle = 'CPU'\nmatch = 'cpu'\n[fast]\nattention = 'math'\n")
+    assert outcome(["profile", str(path), "--ladder", *fields]) == 2
+    assert 'settings.attention: "auto" -> "math"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

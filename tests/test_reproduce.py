@@ -14,6 +14,7 @@ from rfbench.config import Baseline
 from rfbench.errors import UserError
 from rfbench.report import evidence
 from tests import models
+from tests.test_profiling import switch_off
 
 OPTIM = {"lr": 1.0e-3}
 FLOW = {
@@ -225,6 +226,10 @@ def test_a_tiny_study_from_nothing_to_its_report(tmp_path, folders, calls, capsy
     reproduce.reproduce(path, limit=1)
     assert calls == []
     assert {file: file.read_bytes() for file in folders.rglob("*") if file.is_file()} == before
+    switch_off(folders, "joint")
+    with pytest.raises(UserError, match=r"other settings of this machine \(shortcuts\.joint: true -> false\); set them back, or remove it"):
+        reproduce.reproduce(path)  # the whole suite, of which nothing is made before
+    assert calls == []
 
 
 def test_shipped_studies_are_planned_without_weights_and_prompts(folders):
