@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -118,10 +120,15 @@ def _cluster() -> Iterator[Any]:
         runtime_env={"env_vars": variables},
         logging_level=logging.ERROR,
     )
+    mine = threading.current_thread() is threading.main_thread()  # nobody else may say what a signal does
+    if mine:  # SLURM's preemption is Ctrl-C; Ray would print where each of its threads is
+        ours = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield ray
     finally:
         ray.shutdown()
+        if mine:
+            signal.signal(signal.SIGTERM, ours)
 
 
 def _threads() -> int | None:

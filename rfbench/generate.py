@@ -162,8 +162,8 @@ def _maker(baseline: str, overrides: Sequence[str], name: str | None, random_wei
     """
     if config.is_external(baseline):
         if random_weights or engine != "here":
-            option = "--random-weights" if random_weights else f"--engine {engine}"
-            raise UserError(f"{option}: '{baseline}' is run by its authors' code in a process of its own, by its own weights; leave it out")
+            option, instead = ("--random-weights", "leave it out") if random_weights else (f"--engine {engine}", "spread it with --shard I/N")
+            raise UserError(f"{option}: '{baseline}' is run by its authors' code in a process of its own, by its own weights; {instead}")
         from rfbench import external
 
         return external.prepare(baseline, overrides, name=name)

@@ -71,6 +71,13 @@ def test_a_batch_that_kills_every_worker_is_given_up(cluster: None) -> None:
     assert raised.value.code == 1
 
 
+def test_a_preempted_job_ends_as_by_ctrl_c(cluster: None) -> None:
+    """SLURM sends SIGTERM, for which Ray has a handler of its own that prints pages."""
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
 def _deadly(_: Any) -> Callable[[Any], Any]:
     return lambda batch: os.kill(os.getpid(), signal.SIGKILL)
 

@@ -217,6 +217,7 @@ def tiny(pipeline: str, folder: Path) -> None:
     [
         "external/wan2.1-1.3b-diffusers",
         pytest.param("external/skyreels-v2-df-diffusers", marks=pytest.mark.slow),
+        pytest.param("external/skyreels-v2-df-diffusers-async", marks=pytest.mark.slow),
         pytest.param("external/ltx-video", marks=pytest.mark.slow),
     ],
 )
@@ -230,11 +231,16 @@ def test_diffusers_itself_makes_the_clips(folders, prompts, name, tmp_path):
     assert (folders / "weights" / str(cfg.weights.repo) / "all-in-one.safetensors").exists() == (cfg.weights.file == "**")
     interpreter("diffusers")
     overrides = ["height=32", "width=32", "frames=9", "steps=[2]", "settings.dtype=float32"]
+    if staggered := cfg.settings["call"].get("ar_step"):  # two blocks of five latent frames, the second of which a further rollout goes on from
+        overrides = [*overrides, "frames=57", "settings.call.base_num_frames=37", "steps=[6]"]
     clips = clips_of(name, prompts, overrides)
     assert len({clip.sha256 for clip in clips}) == 2
     if name != "external/wan2.1-1.3b-diffusers":  # another process costs ten seconds of imports
         (alone,) = clips_of(name, prompts, overrides, name="alone", shard="2/2")
         assert alone.sha256 == clips[1].sha256
+    if staggered:
+        (in_step,) = clips_of(name, prompts, [*overrides, "settings.call.ar_step=0"], name="in-step", shard="2/2")
+        assert in_step.sha256 != clips[1].sha256
     assert external.times(folders / "runs" / "bench" / name / "prompts")[0].seconds > 0
 
 
