@@ -201,9 +201,9 @@ def climbed(arguments: Arguments) -> dict[str, Any]:
     directory = ladder.profile(BASELINE, [], name="gpu", reduced=arguments.small, **asked)
     document = ladder.document(directory)
     shown(ladder.table(document))
-    if document["recorded"]["broken"]:
+    if document["failed"]:
         print(json.dumps(document))
-        sys.exit(f"rungs failed: {', '.join(document['recorded']['broken'])}")
+        sys.exit(document["failed"])
     return document
 
 

@@ -26,11 +26,14 @@ from rfbench.transfer import to_device
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, keys, values, mask -> [B, S, H, D]
 
 
-def attend(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None = None) -> Tensor:
-    """Softmax attention of every query over every key (or those that `mask_SK` allows), in the values' dtype: [B, S, H, D]."""
+def attend(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor, mask_SK: Tensor | None = None, *, by: str | None = None) -> Tensor:
+    """Softmax attention of every query over every key (or those that `mask_SK` allows), in the values' dtype: [B, S, H, D].
+
+    `by` names a kernel; without it, it is the one of this process.
+    """
     if not q_BSHD.dtype == k_BKHD.dtype == v_BKHD.dtype:
         q_BSHD, k_BKHD = q_BSHD.to(v_BKHD.dtype), k_BKHD.to(v_BKHD.dtype)
-    name = kernel(v_BKHD.device)
+    name = by or kernel(v_BKHD.device)
     if name in LIMITED and (mask_SK is not None or not fits(q_BSHD, v_BKHD)):
         name = "torch-sdpa"
     return KERNELS[name](q_BSHD, k_BKHD, v_BKHD, mask_SK)

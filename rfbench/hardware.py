@@ -32,10 +32,8 @@ def name(device: torch.device) -> str:
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The most TFLOP/s that products in a dtype can reach here, and whose figure that is: the maker's, from rfbench.toml, else measured."""
-    table = settings().hardware.get(name(device))
-    printed = table.tflops.get(str(dtype).removeprefix("torch.")) if table is not None else None
-    if printed is not None:
-        return printed, "the maker's dense peak"
+    if (figure := printed(device, str(dtype).removeprefix("torch."))) is not None:
+        return figure, "the maker's dense peak"
     size = 768
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
@@ -46,6 +44,12 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         seconds.append((time.perf_counter() if device.type == "cuda" else time.process_time()) - begun)
     return 2 * size**3 / min(seconds) / 1e12, f"measured with products of {size} x {size}"
+
+
+def printed(device: torch.device, dtype: str) -> float | None:
+    """The dense peak of a dtype, as rfbench.toml has it of the device's maker, in TFLOP/s."""
+    table = settings().hardware.get(name(device))
+    return table.tflops.get(dtype) if table is not None else None
 
 
 def software(device: torch.device) -> dict[str, Any]:

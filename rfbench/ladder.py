@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rfbench import attention, baselines, flops, hardware, proof, provenance, records
 from rfbench.backbones.base import Backbone
 from rfbench.backbones.wan import float8
@@ -17,7 +19,7 @@ from rfbench.baselines import Prepared
 from rfbench.config import SamplerCfg
 from rfbench.errors import UserError
 from rfbench.naive import possible
-from rfbench.rungs import EIGHT, climb, ways
+from rfbench.rungs import EIGHT, WITHIN, Peak, Way, climb, ways
 from rfbench.settings import settings
 from rfbench.stopwatch import precision, refuse_short
 from rfbench.suites import load_suite
@@ -62,8 +64,7 @@ def profile(
             )
             before, backbone = hardware.state(device), ready.open()
             others, left_out = approximations(baseline, fields, ready, backbone)
-            peak, whose = hardware.peak(device, backbone.denoiser.dtype)
-            run.record(precision=precision(backbone), peak_tflops=peak, peak_is=whose, reduced=ready.reduced)
+            run.record(precision=precision(backbone), reduced=ready.reduced)
             run.record(
                 flop={
                     "chunk": flops.dit_chunk(backbone, ready.cfg.sampler, chunks),
@@ -75,11 +76,14 @@ def profile(
             (directory / "turns.jsonl").unlink(missing_ok=True)  # of a ladder that was cut short
             with records.appending(directory / "turns.jsonl") as keep:
                 steps = ways(backbone, ready.cfg.sampler, others)
-                rungs = climb(prompt, steps, chunks=chunks, turns=repeats, peak=peak, keep=keep, broken=broken)
+                rungs = climb(
+                    prompt, steps, chunks=chunks, turns=repeats, peak=speed_of_light(device, backbone.denoiser.dtype), keep=keep, broken=broken
+                )
             run.record(broken=broken, left_out=left_out | proof.left_out)
             run.record(hardware={"before": before, "after": hardware.state(device)})
             run.result.update(
-                rungs=[dataclasses.asdict(rung) for rung in rungs], exact=not broken and all(rung.exact for rung in rungs if rung.kind == "exact")
+                rungs=[dataclasses.asdict(rung) | {"verdict": rung.verdict} for rung in rungs],
+                exact=not broken and all(rung.verdict == "pass" for rung in rungs if rung.kind == "exact"),
             )
     return directory
 
@@ -102,12 +106,42 @@ def approximations(
     return found, left_out
 
 
+def speed_of_light(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What a rung could reach: the peak of the network's dtype; where its products are of 8-bit floats, of those.
+
+    Everything else of such a rung counts as if it were that fast too, attention and the head. A CPU has no 8-bit floats, and computes by the dtype.
+    """
+    own = hardware.peak(device, dtype)
+
+    def peak(way: Way) -> tuple[float | None, str]:
+        if "products" not in way.eight or device.type != "cuda":
+            return own[0], f"{str(dtype).removeprefix('torch.')}, {own[1]}"
+        eight = hardware.printed(device, "float8")
+        return eight, "float8, the maker's dense peak" if eight is not None else "float8, which rfbench.toml does not have of this device"
+
+    return peak
+
+
+def failed(rungs: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> str | None:
+    """One sentence about the rungs that break, or whose error is more than is allowed; None if there are none."""
+    wrong = {}
+    for rung in rungs:
+        if rung["verdict"] == "fail":
+            place, error = max(rung["error"].items(), key=lambda item: float(item[1]["low"]))
+            wrong[rung["name"]] = f"{error['ratio']:.2f} times the error of rung 0 in {place}, where {WITHIN} is the most"
+    if not (wrong := wrong | dict(broken)):
+        return None
+    told = "; ".join(f"{name} ({why})" for name, why in wrong.items())
+    return f"rungs of the ladder fail, though all is recorded: {told}; switch such a shortcut off under [fast] in rfbench.toml"
+
+
 def document(directory: Path) -> dict[str, Any]:
-    """A finished ladder as one JSON document."""
+    """A finished ladder as one JSON document; `failed` says what about it is wrong."""
     run = records.read_run(directory)
     found: dict[str, Any] = {"name": run.name, "status": run.status, "fingerprint": run.fingerprint, "seconds": run.seconds}
     found |= {"asked": {key: run.inputs[key] for key in ("chunks", "repeats")}, "recorded": run.recorded}
-    return found | {"rungs": run.result["rungs"], "exact": run.result["exact"]}
+    rungs = run.result["rungs"]
+    return found | {"rungs": rungs, "exact": run.result["exact"], "failed": failed(rungs, run.recorded["broken"])}
 
 
 def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -124,6 +158,7 @@ def table(document: Mapping[str, Any]) -> list[dict[str, str]]:
                 "end-to-end FPS": f"{rung['e2e_fps']:.4g}",
                 "times as fast": f"{rung['ratio']:.2f} [{rung['ratio_low']:.2f}, {rung['ratio_high']:.2f}]",
                 "of peak": f"{rung['share']:.1%}" if rung["share"] is not None else "",
+                "exact": (rung["verdict"] or "") if rung["kind"] == "exact" else "",
                 "error of rung 0 ×": " ".join(f"{error['ratio']:.2f}" for error in apart.values()) or f"{rung['steady']:.1e} apart",
             }
         )

@@ -10,7 +10,9 @@ from typing import Any
 
 import typer
 
-STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+from rfbench.errors import UserError
+
+STYLES = {"ok": "green", "missing": "yellow", "broken": "red", "pass": "green", "undecided": "yellow", "fail": "red"}
 
 
 def print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) -> None:
@@ -36,10 +38,16 @@ def print_table(rows: Sequence[dict[str, Any]], *, title: str, as_json: bool) ->
 
 
 def print_profile(document: dict[str, Any], table: Callable[[dict[str, Any]], Sequence[dict[str, str]]], as_json: bool) -> None:
-    """What was timed: a table, if that is wanted, and the JSON document in one line."""
+    """What was timed: a table, if that is wanted, and the JSON document in one line.
+
+    Raises:
+        UserError: something that was timed has `failed`, as the document says (code 1).
+    """
     if not as_json:
         print_table(table(document), title=document["name"], as_json=False)
     print(json.dumps(document, ensure_ascii=False))
+    if document.get("failed"):
+        raise UserError(document["failed"], code=1)
 
 
 def print_checks(checks: Sequence[Any], as_json: bool, *, strictly: bool = False) -> None:

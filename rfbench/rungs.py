@@ -1,9 +1,9 @@
 """The rungs of a ladder: ways to make a clip, from the loop as the reference runs it to ours, each timed, and compared with what it should make.
 
 Exact steps come first. Exact means: as near to a float32 run of rung 0 as rung 0 itself is in bfloat16, give or take a tenth
-(`Rung.error`), in the first chunk, in chunk STEADY, and in the last chunk of a long clip whose earlier chunks are all given: left
-to itself, any two roundings of a long clip part at some time. Approximate steps are settings of a baseline and say what they cost
-in scores elsewhere; here their latents are compared with those of rung 0.
+(`Rung.error`), in the first chunk, in chunk STEADY, and in the last chunk of a long clip. What comes before a chunk is given: left
+to itself, any two roundings of a clip part at some time, and then their distance says nothing about either. Approximate steps are
+settings of a baseline and say what they cost in scores elsewhere; here their latents are compared with those of rung 0.
 
 The rungs take turns, chunk times are those of a steady stream, and every ratio is to rung 0 in the same turn. On a CPU the
 clock is the processor time of this process, so what else the machine does counts less; on a GPU it is that of the host, which
@@ -19,18 +19,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from rfbench import flops, hardware, video
+from rfbench import attention, flops, hardware, video
 from rfbench.backbones.base import TEMPORAL, Backbone
 from rfbench.backbones.wan import float8
 from rfbench.backbones.wan.dit import Eight
 from rfbench.backbones.wan.lean import SHORTCUTS, LeanDiT, Shortcuts, usable
 from rfbench.config import SamplerCfg
 from rfbench.naive import naive
+from rfbench.progress import Progress
 from rfbench.sampler import Noise, clip_noise, stream
 from rfbench.stopwatch import WARM_UPS
 from rfbench.timing import STEADY, full
@@ -39,8 +40,12 @@ from rfbench.transfer import to_host
 Run = Callable[
     [Backbone, Tensor, int, SamplerCfg, Noise, Tensor | None], Iterator[Tensor]
 ]  # ..., text, latent frames, ..., given ones -> clean chunks
+Verdict = Literal["pass", "undecided", "fail"]  # from best to worst
+Peak = Callable[["Way"], tuple[float | None, str]]  # in TFLOP/s, and of which dtype and whose figure it is; None: nobody knows
+PLAIN = "torch-sdpa"  # the kernel of attention of rung 0
 WITHIN = 1.1  # times the error of rung 0
-VALUES, ENOUGH = 2**16, 24  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many
+VALUES, ENOUGH = 2**18, 192  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many; toy clips
+# scatter by a factor of two, their mean by a twentieth, and at full size one clip has enough
 NONE = Shortcuts(**dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False))
 PLACES = ("chunk 0", f"chunk {STEADY}", "long")
 EIGHT: dict[str, Eight] = {"8-bit products": "products", "8-bit attention": "attention"}  # each for itself too, of the weights that are there
@@ -55,16 +60,22 @@ class Way:
     run: Run
     backbone: Backbone
     cfg: SamplerCfg
+    eight: tuple[Eight, ...] = ()  # what of it is computed from 8-bit floats
     shortcuts: Shortcuts | None = None  # that it decodes and copies by; None: decoded when all of it is there, and copied as float32
 
 
 @dataclass(frozen=True)
 class Error:
-    """Relative L2 distance to a float32 run of rung 0, over that of rung 0 in bfloat16, with its 95 % interval over clips."""
+    """Relative L2 distance to a float32 run of rung 0, over that of rung 0 in bfloat16, with its 95 % interval over clips, if there are several."""
 
     ratio: float
     low: float
     high: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the ratio is within the bound; where it is not, but the clips cannot tell it from one that is, that is open."""
+        return "pass" if self.ratio <= WITHIN else "undecided" if self.low <= WITHIN else "fail"
 
 
 @dataclass(frozen=True)
@@ -83,47 +94,51 @@ class Rung:
     ratio_high: float
     tflops: float  # of arithmetic per second of denoising
     share: float | None  # of the peak: the speed of light
+    peak: float | None  # in TFLOP/s
+    peak_is: str  # of which dtype, and whose figure
     first: float  # relative L2 distance of the latents of chunk 0 to those of rung 0
     steady: float  # of the first chunk that is counted
     whole: float  # of all chunks together
     error: dict[str, Error]  # by place; of exact rungs
 
     @property
-    def exact(self) -> bool:
-        """Whether it is within the bound at every place, as far as the clips can tell."""
-        return bool(self.error) and max(error.low for error in self.error.values()) <= WITHIN
+    def verdict(self) -> Verdict | None:
+        """The worst one of all places; an approximate rung has none."""
+        return max((error.verdict for error in self.error.values()), key=get_args(Verdict).index, default=None)
 
 
 def reference(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
     return naive(backbone, text_BLE, latents, cfg, noise, initial_BFCHW)
 
 
-def streamed(shortcuts: Shortcuts, eight: Collection[Eight] = ()) -> Run:
-    """The shared sampler with the given shortcuts, and what of it is computed from 8-bit floats."""
+def streamed(shortcuts: Shortcuts, eight: Collection[Eight] = (), by: str | None = None) -> Run:
+    """The shared sampler with the given shortcuts and kernel of attention, and what of it is computed from 8-bit floats."""
     made: dict[int, LeanDiT] = {}  # kept between clips, as `rfbench.generate` does
 
     def run(backbone: Backbone, text_BLE: Tensor, latents: int, cfg: SamplerCfg, noise: Noise, initial_BFCHW: Tensor | None) -> Iterator[Tensor]:
         model = backbone.denoiser
-        lean = made.get(id(model)) or made.setdefault(id(model), LeanDiT(model, shortcuts, eight=eight))
+        lean = made.get(id(model)) or made.setdefault(id(model), LeanDiT(model, shortcuts, eight=eight, attention=by))
         return (chunk.latent_BFCHW for chunk in stream(backbone, text_BLE, latents, cfg, noise, initial_BFCHW=initial_BFCHW, lean=lean))
 
     return run
 
 
 def ways(backbone: Backbone, cfg: SamplerCfg, approximate: Mapping[str, tuple[Backbone, SamplerCfg]] | None = None) -> list[Way]:
-    """Rung 0, the shared sampler without shortcuts, then with one more of those that this device can use at a time; then each
-    approximation for itself, with all of them.
+    """Rung 0, the shared sampler without shortcuts, then with this process's kernel of attention if that is not torch's own choice, which rung 0
+    takes, then with one more of those that this device can use at a time; then each approximation for itself, with all of them.
 
     A rung asks for its own shortcut, so that it fails with it; those after it take what proves itself (`rfbench.proof`).
     """
-    taken = dataclasses.asdict(NONE)
+    taken, by, device = dataclasses.asdict(NONE), PLAIN, backbone.denoiser.head.modulation.device
 
     def way(name: str, kind: Literal["exact", "approximate"], backbone: Backbone = backbone, cfg: SamplerCfg = cfg, *eight: Eight) -> Way:
-        return Way(name, kind, streamed(Shortcuts(**taken), eight), backbone, cfg, Shortcuts(**taken))
+        return Way(name, kind, streamed(Shortcuts(**taken), eight, by), backbone, cfg, eight, Shortcuts(**taken))
 
     found = [Way("naive", "reference", reference, backbone, cfg)]
     found.append(way("slots", "exact"))
-    for name in usable(device := backbone.denoiser.head.modulation.device):
+    if (by := attention.kernel(device)) != PLAIN:
+        found.append(way("attention", "exact"))
+    for name in usable(device):
         taken[name] = True
         found.append(way(name, "exact"))
         taken[name] = getattr(SHORTCUTS, name)  # True, or None where it is left to the device
@@ -138,13 +153,13 @@ def climb(
     *,
     chunks: int,
     turns: int,
-    peak: float | None,
+    peak: Peak | None,
     keep: Callable[[Any], None] | None = None,
     broken: dict[str, str] | None = None,
 ) -> list[Rung]:
     """Time all rungs over streams of `chunks` chunks, `turns` times in turn, and compare their videos of seed 0.
 
-    `peak` is the speed of light in TFLOP/s. The first of the steps is rung 0. `keep` gets the raw times of each turn. With `broken` a
+    `peak` tells the speed of light. The first of the steps is rung 0. `keep` gets the raw times of each turn. With `broken` a
     rung that fails is left out and named there, with what it said; rung 0 must not.
 
     Raises:
@@ -158,6 +173,8 @@ def climb(
     def first(way: Way) -> None:  # which also warms up
         for _ in range(WARM_UPS if way.shortcuts is not None and way.shortcuts.graphs is not False else 1):
             made[way.name], _ = once(way, text_BLE, chunks)
+        if not all(bool(latent.isfinite().all()) for latent in made[way.name]):
+            raise ValueError("not all of its latents are finite")
         decoding[way.name] = decoding_seconds(way, made[way.name])
 
     def again(way: Way) -> None:
@@ -166,12 +183,13 @@ def climb(
         if keep is not None:
             keep({"rung": way.name, "turn": len(taken[way.name]) - 1, "seconds": seconds})
 
-    left = whole(steps, first, broken)
-    for _ in range(turns):
-        left = whole(left, again, broken)
     base, error = steps[0].name, dict[str, dict[str, Error]]()
-    apart_from = off(prompt, steps[0], chunks)
-    left = whole(left, lambda way: error.update(apart_from(way)), broken)
+    with Progress("ladder", len(steps) * (turns + 2)) as progress:
+        left = whole(steps, first, broken, progress)
+        for _ in range(turns):
+            left = whole(left, again, broken, progress)
+        apart_from = off(prompt, steps[0], chunks)
+        left = whole(left, lambda way: error.update(apart_from(way)), broken, progress)
     found = []
     for way in left:
         assert way.cfg.chunk is not None
@@ -179,6 +197,7 @@ def climb(
         ratios = sorted(slow / fast for slow, fast in zip(taken[base], taken[way.name], strict=True))
         middle = median(taken[way.name])
         tflops = flops.dit_chunk(way.backbone, way.cfg, chunks) / middle / 1e12
+        light, whose = peak(way) if peak is not None else (None, "not asked for")
         apart = [distance(made[way.name][part], made[base][part]) for part in (slice(1), slice(STEADY, STEADY + 1), slice(None))]
         rung = Rung(
             name=way.name,
@@ -192,7 +211,9 @@ def climb(
             ratio_low=ratios[0],
             ratio_high=ratios[-1],
             tflops=tflops,
-            share=tflops / peak if peak else None,
+            share=tflops / light if light is not None else None,
+            peak=light,
+            peak_is=whose,
             first=apart[0],
             steady=apart[1],
             whole=apart[2],
@@ -202,7 +223,7 @@ def climb(
     return found
 
 
-def whole(steps: Sequence[Way], work: Callable[[Way], None], broken: dict[str, str] | None) -> list[Way]:
+def whole(steps: Sequence[Way], work: Callable[[Way], None], broken: dict[str, str] | None, progress: Progress) -> list[Way]:
     """Do a part of the work for each; those for which it could be done."""
     found = []
     for way in steps:
@@ -213,6 +234,7 @@ def whole(steps: Sequence[Way], work: Callable[[Way], None], broken: dict[str, s
             if broken is None or way is steps[0]:
                 raise
             broken[way.name] = f"{type(error).__name__}: {error}"
+        progress.advance()
     return found
 
 
@@ -269,7 +291,6 @@ def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[s
     exact = copy.deepcopy(rounded)
     exact.store(torch.float32)
     low, high = (cast(Backbone, Bare(model, shape)) for model in (rounded, exact))
-    short, long = (STEADY + 1) * base.cfg.chunk, chunks * base.cfg.chunk
 
     def noise() -> Noise:
         return clip_noise(low, range(1, clips + 1))
@@ -278,11 +299,11 @@ def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[s
         draw = noise()
         return lambda frames: draw(frames).float()
 
-    history = torch.cat(list(reference(high, text_BLE.float(), long - base.cfg.chunk, base.cfg, wide(), None)), 1).bfloat16()
+    history = torch.cat(list(reference(high, text_BLE.float(), (chunks - 1) * base.cfg.chunk, base.cfg, wide(), None)), 1).bfloat16()
 
     def chunks_of(run: Run, backbone: Backbone, text: Tensor, draw: Callable[[], Noise], given: Tensor) -> list[Tensor]:
-        free = list(run(backbone, text, short, base.cfg, draw(), None))
-        return [free[0], free[STEADY], list(run(backbone, text, long, base.cfg, draw(), given))[-1]]
+        ends = (base.cfg.chunk, (STEADY + 1) * base.cfg.chunk, chunks * base.cfg.chunk)
+        return [list(run(backbone, text, end, base.cfg, draw(), given[:, : end - base.cfg.chunk]))[-1] for end in ends]
 
     wanted = chunks_of(reference, high, text_BLE.float(), wide, history.float())
 
@@ -306,7 +327,13 @@ def each(found_BFCHW: Tensor, wanted_BFCHW: Tensor) -> list[float]:
 
 
 def compared(off: Sequence[float], least: Sequence[float]) -> Error:
-    """Geometric mean over clips: now and then one rounding more or less moves a whole sprite, here or there."""
+    """Geometric mean over clips: now and then one rounding more or less moves a whole sprite, here or there.
+
+    Raises:
+        ValueError: latents that are not finite, or of another size.
+    """
+    if not all(map(math.isfinite, off)):
+        raise ValueError("in bfloat16 its latents are not finite, or not of the size of those of rung 0")
     logs = [math.log(one / other) for one, other in zip(off, least, strict=True)]
     middle, half = mean(logs), 1.96 * stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
     return Error(math.exp(middle), math.exp(middle - half), math.exp(middle + half))

@@ -455,7 +455,7 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, folders, capsys, monkeypatc
     names = [rung["name"] for rung in found["rungs"]]
     assert names[:2] == ["naive", "slots"] and names[-5:] == [*rungs.EIGHT, "no context", "half the steps", "tiny decoder"] and "joint" in names
     assert found["name"] == "climb/cpu" and found["status"] == "done" and found["asked"] == {"chunks": 5, "repeats": 2}
-    assert found["recorded"]["peak_is"].startswith("measured") and found["recorded"]["peak_tflops"] > 0
+    assert all(rung["peak_is"].startswith("float32, measured") and rung["peak"] > 0 for rung in found["rungs"]), "a CPU has no 8-bit floats"
     assert found["recorded"]["left_out"] == {} and found["rungs"][-1]["first"] < 1e-6, "another decoder leaves latents as they are"
     assert all(rung["ms_low"] <= rung["ms"] <= rung["ms_high"] and rung["share"] > 0 for rung in found["rungs"])
     assert "times as fast" in told
@@ -466,6 +466,44 @@ def test_a_ladder_is_a_run_with_a_document(tmp_path, folders, capsys, monkeypatc
     (folders / "rfbench.toml").write_text("[hardware.cpu]\ntitle = 'CPU'\nmatch = 'cpu'\n[fast]\nattention = 'math'\n")
     assert outcome(["profile", str(path), "--ladder", *fields]) == 2
     assert 'settings.attention: "auto" -> "math"' in capsys.readouterr().err
+
+
+def test_a_rung_that_is_off_fails_the_ladder_when_all_is_recorded(tmp_path, capsys, monkeypatch):
+    """From the command line, again when the finished run is found, and in the script for GPUs."""
+    monkeypatch.setattr(rungs, "ENOUGH", 2)
+
+    def off(*given):
+        return (1.2 * chunk for chunk in rungs.reference(*given))
+
+    def ways(backbone, cfg, others):
+        return [rungs.Way(name, kind, run, backbone, cfg) for name, kind, run in (("naive", "reference", rungs.reference), ("worse", "exact", off))]
+
+    monkeypatch.setattr(ladder, "ways", ways)
+    path = models.write(tmp_path, "student")
+    for _ in range(2):
+        assert outcome(["profile", str(path), "--ladder", "sampler.steps=[1000,500]", "--chunks", "5", "--repeats", "1", "--name", "off"]) == 1
+        told = capsys.readouterr()
+        found = json.loads(told.out.splitlines()[-1])
+        assert found["status"] == "done" and not found["exact"] and [rung["verdict"] for rung in found["rungs"]] == ["pass", "fail"]
+        assert all(error["low"] > 5 for error in found["rungs"][1]["error"].values())
+        assert "worse (" in told.err and "times the error of rung 0" in told.err and " fail " in told.out
+    monkeypatch.setattr(ladder, "profile", lambda *given, **asked: Path(found["path"]))
+    with pytest.raises(SystemExit, match=r"rungs of the ladder fail.*worse"):
+        gpu.climbed(argparse.Namespace(chunks=5, repeats=1, small=True))
+    assert json.loads(capsys.readouterr().out)["rungs"] == found["rungs"]
+
+
+def test_eight_bit_products_are_measured_by_the_peak_of_eight_bits(monkeypatch):
+    monkeypatch.setattr(hardware, "name", lambda device: "h100")
+    peak = ladder.speed_of_light(torch.device("cuda"), torch.bfloat16)
+
+    def told(*eight):
+        return peak(rungs.Way("any", "approximate", rungs.reference, cast(Any, None), cast(Any, None), eight))
+
+    assert told() == told("attention") == (989.4, "bfloat16, the maker's dense peak")
+    assert told("products") == (1978.9, "float8, the maker's dense peak")
+    monkeypatch.setattr(hardware, "name", lambda device: "a100")
+    assert told("products") == (None, "float8, which rfbench.toml does not have of this device")
 
 
 @pytest.mark.parametrize(

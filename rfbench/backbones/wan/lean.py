@@ -104,12 +104,16 @@ Tables = tuple[list[Six], tuple[Tensor, Tensor]]  # of every block; shift and ga
 class LeanDiT:
     """A model as streams run it, one after the other; its weights must not change meanwhile.
 
+    `attention` names a kernel (`rfbench.attention.KERNELS`); without it, it is the one of this process.
+
     Raises:
         UserError: a shortcut is asked for that its device cannot take.
     """
 
     @torch.no_grad()
-    def __init__(self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: Collection[Eight] | None = None) -> None:
+    def __init__(
+        self, model: WanDiT, shortcuts: Shortcuts = SHORTCUTS, *, eight: Collection[Eight] | None = None, attention: str | None = None
+    ) -> None:
         self.model, self.shortcuts = model, shortcuts
         approximate = model.cfg.float8 if eight is None else eight
         self.eight, self.looks_by_eight = "products" in approximate, "attention" in approximate
@@ -128,7 +132,8 @@ class LeanDiT:
         of_blocks: Callable[..., Times] = laid
         if self.eight:
             of_blocks = functools.partial(float8.product, quantise=self.kernels.get("quantised", float8.quantised))
-        self.attend: Callable[..., Tensor] = attend
+        self.attend_text = functools.partial(attend, by=attention)
+        self.attend: Callable[..., Tensor] = self.attend_text
         if self.looks_by_eight:
             self.attend = functools.partial(float8.attend, quantise=self.kernels.get("quantised_heads", float8.quantised_heads))
         self.layers = [read(cast(Block, block), of_blocks, merged="merged" in chosen) for block in model.blocks]
@@ -287,8 +292,8 @@ class LeanDiT:
     def _read(self, query_RM: Tensor, size: tuple[int, int], text_kv: tuple[Tensor, Tensor]) -> Tensor:
         """What rows find in the text: [R, M]. Chunks of one clip look at the same text; with several clips, each chunk for itself."""
         if size[0] == 1:
-            return attend(query_RM.view(1, -1, *self.heads), *text_kv).reshape(query_RM.shape)
-        return torch.cat([attend(chunk, *text_kv) for chunk in query_RM.view(-1, *size, *self.heads)]).reshape(query_RM.shape)
+            return self.attend_text(query_RM.view(1, -1, *self.heads), *text_kv).reshape(query_RM.shape)
+        return torch.cat([self.attend_text(chunk, *text_kv) for chunk in query_RM.view(-1, *size, *self.heads)]).reshape(query_RM.shape)
 
     def _project(self, layer: Layer, x_RM: Rows) -> tuple[Tensor, Tensor]:
         """Normalised queries and keys [R, 2, M], and values [R, M]."""
