@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,12 +10,13 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from rfbench import baselines, cli, ladder, profiling, records, rungs, sampler, stopwatch, timing
+from benchmarks import gpu
+from rfbench import baselines, cli, hardware, ladder, profiling, records, rungs, sampler, stopwatch, timing
 from rfbench.backbones.toy import ToyBackbone
 from rfbench.backbones.wan import graphs, lean
 from rfbench.backbones.wan.dit import DiTCfg
@@ -476,7 +478,7 @@ def test_a_rung_that_is_off_fails_the_ladder_when_all_is_recorded(tmp_path, caps
         return (1.2 * chunk for chunk in rungs.reference(*given))
 
     def ways(backbone, cfg, others):
-        return [rungs.Way(name, kind, run, backbone, cfg) for name, kind, run in (("naive", "reference", rungs.reference), ("worse", "exact", off))]
+        return [rungs.Way("naive", "reference", rungs.reference, backbone, cfg), rungs.Way("worse", "exact", off, backbone, cfg)]
 
     monkeypatch.setattr(ladder, "ways", ways)
     path = models.write(tmp_path, "student")
