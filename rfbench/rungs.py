@@ -44,7 +44,7 @@ Verdict = Literal["pass", "undecided", "fail"]  # from best to worst
 Peak = Callable[["Way"], tuple[float | None, str]]  # in TFLOP/s, and of which dtype and whose figure it is; None: nobody knows
 PLAIN = "torch-sdpa"  # the kernel of attention of rung 0
 WITHIN = 1.1  # times the error of rung 0
-VALUES, ENOUGH = 2**18, 192  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many; toy clips
+VALUES, ENOUGH = 2**18, 128  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many; toy clips
 # scatter by a factor of two, their mean by a twentieth, and at full size one clip has enough
 NONE = Shortcuts(**dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False))
 PLACES = ("chunk 0", f"chunk {STEADY}", "long")
@@ -283,7 +283,7 @@ class Bare:
 
 def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[str, Error]]]:
     """Of an exact rung, place by place: its error in bfloat16 over that of rung 0, `base`."""
-    assert base.cfg.chunk is not None
+    assert (length := base.cfg.chunk) is not None
     shape = base.backbone.shape
     clips = min(ENOUGH, -(-VALUES // (base.cfg.chunk * shape.channels * shape.height * shape.width)))
     rounded, text_BLE = copy.deepcopy(base.backbone.denoiser), base.backbone.encode_text([prompt] * clips).bfloat16()
@@ -299,11 +299,11 @@ def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[s
         draw = noise()
         return lambda frames: draw(frames).float()
 
-    history = torch.cat(list(reference(high, text_BLE.float(), (chunks - 1) * base.cfg.chunk, base.cfg, wide(), None)), 1).bfloat16()
+    history = torch.cat(list(reference(high, text_BLE.float(), (chunks - 1) * length, base.cfg, wide(), None)), 1).bfloat16()
 
     def chunks_of(run: Run, backbone: Backbone, text: Tensor, draw: Callable[[], Noise], given: Tensor) -> list[Tensor]:
-        ends = (base.cfg.chunk, (STEADY + 1) * base.cfg.chunk, chunks * base.cfg.chunk)
-        return [list(run(backbone, text, end, base.cfg, draw(), given[:, : end - base.cfg.chunk]))[-1] for end in ends]
+        ends = (length, (STEADY + 1) * length, chunks * length)
+        return [list(run(backbone, text, end, base.cfg, draw(), given[:, : end - length]))[-1] for end in ends]
 
     wanted = chunks_of(reference, high, text_BLE.float(), wide, history.float())
 

@@ -228,7 +228,7 @@ def test_no_rung_records_a_pass_while_it_is_timed(backbone, monkeypatch):
 
     monkeypatch.setattr(LeanDiT, "done", done)
     cfg = student()
-    ways = [rungs.Way("naive", "reference", rungs.reference, backbone, cfg), rungs.Way("graphs", "exact", run, backbone, cfg, shortcuts)]
+    ways = [rungs.Way("naive", "reference", rungs.reference, backbone, cfg), rungs.Way("graphs", "exact", run, backbone, cfg, shortcuts=shortcuts)]
     rungs.climb("a red disc", ways, chunks=5, turns=2, peak=None)
     assert len(counts) == 4 and 0 < counts[1] == counts[2] == counts[3]
 
@@ -246,7 +246,7 @@ def test_a_rung_that_fails_is_named_and_the_others_are_timed(backbone, monkeypat
         return (fails if len(calls) > 1 else rungs.reference)(*given)
 
     runs = {"naive": rungs.reference, "bad": fails, "worse": fails_later, "good": rungs.streamed(Shortcuts())}
-    ways = [rungs.Way(name, "exact", run, backbone, cfg, None) for name, run in runs.items()]
+    ways = [rungs.Way(name, "exact", run, backbone, cfg) for name, run in runs.items()]
     broken, rows = dict[str, str](), list[dict[str, Any]]()
     found = rungs.climb("a red disc moves right", ways, chunks=5, turns=2, peak=None, keep=rows.append, broken=broken)
     assert [rung.name for rung in found] == ["naive", "good"] and found[1].verdict != "fail"
