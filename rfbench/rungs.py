@@ -44,7 +44,7 @@ Verdict = Literal["pass", "undecided", "fail"]  # from best to worst
 Peak = Callable[["Way"], tuple[float | None, str]]  # in TFLOP/s, and of which dtype and whose figure it is; None: nobody knows
 PLAIN = "torch-sdpa"  # the kernel of attention of rung 0
 WITHIN = 1.1  # times the error of rung 0
-VALUES, ENOUGH = 2**18, 128  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many; toy clips
+VALUES, ENOUGH = 2**18, 192  # latents of a chunk over which errors are taken: as many clips as it needs, but not more than so many; toy clips
 # scatter by a factor of two, their mean by a twentieth, and at full size one clip has enough
 NONE = Shortcuts(**dict.fromkeys((field.name for field in dataclasses.fields(Shortcuts)), False))
 PLACES = ("chunk 0", f"chunk {STEADY}", "long")
@@ -283,8 +283,8 @@ class Bare:
 
 def off(prompt: str, base: Way, chunks: int) -> Callable[[Way], dict[str, dict[str, Error]]]:
     """Of an exact rung, place by place: its error in bfloat16 over that of rung 0, `base`."""
-    assert (length := base.cfg.chunk) is not None
-    shape = base.backbone.shape
+    assert base.cfg.chunk is not None
+    shape, length = base.backbone.shape, base.cfg.chunk
     clips = min(ENOUGH, -(-VALUES // (base.cfg.chunk * shape.channels * shape.height * shape.width)))
     rounded, text_BLE = copy.deepcopy(base.backbone.denoiser), base.backbone.encode_text([prompt] * clips).bfloat16()
     rounded.store(torch.bfloat16)
