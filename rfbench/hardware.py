@@ -105,7 +105,12 @@ def energy(device: torch.device) -> tuple[Callable[[], float] | None, str]:
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError as error:
         return None, f"not measured: NVML says {error}"
-    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000, "NVML"
+
+    def joules() -> float:
+        torch.cuda.synchronize(device)  # of all that it was given, such as prompts to encode
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+
+    return joules, "NVML"
 
 
 def parsed(line: str) -> dict[str, Any]:

@@ -182,13 +182,12 @@ def take(contestant: Contestant, number: int) -> Turn:
     joint = cfg.cache is not None and lean is not None and "joint" in lean.taken
     stream, joules, apart = tuple[Chunk, ...](), None, tuple[Chunk, ...]()
     if contestant.chunks:
-        spent = contestant.energy() if contestant.energy is not None else None
-        stream = time_stream(backbone, cfg, lean, contestant.prompts, contestant.chunks, number)
-        joules = contestant.energy() - spent if contestant.energy is not None and spent is not None else None
+        stream, joules = time_stream(backbone, cfg, lean, contestant.prompts, contestant.chunks, number, contestant.energy)
         if joint and lean is not None:
             alone = copy.copy(lean)  # the same weights in the same memory
             alone.shortcuts = replace(lean.shortcuts, joint=False)
-            apart = time_stream(backbone, cfg, alone, contestant.prompts, min(contestant.steady + APART, contestant.chunks), number)[:-1]
+            count = min(contestant.steady + APART, contestant.chunks)
+            apart = time_stream(backbone, cfg, alone, contestant.prompts, count, number)[0][:count]
     switched = stream[-1] if stream and cfg.solver != "rolling" else None
     cold, contestant.cold_start_s = contestant.cold_start_s, None
     warmed, contestant.warm_up_s = contestant.warm_up_s, None
@@ -196,9 +195,9 @@ def take(contestant: Contestant, number: int) -> Turn:
     if baselines.device().type == "cuda":
         free, total = torch.cuda.mem_get_info()
         reserved, device = torch.cuda.max_memory_reserved(), total - free
-    shape, stream = backbone.shape, stream[: contestant.chunks]
-    told = contestant.name, shape.fps, clip, stream, switched, peak(), reserved, device, cold
-    return Turn(*told, joint=joint, warm_up_s=warmed, apart=apart, steady=contestant.steady, joules=joules)
+    told = contestant.name, backbone.shape.fps, clip, stream[: contestant.chunks], switched, peak(), reserved, device, cold
+    whole = sum(chunk.frames for chunk in stream)
+    return Turn(*told, joint=joint, warm_up_s=warmed, apart=apart, steady=contestant.steady, joules=joules, whole=whole)
 
 
 def meter() -> tuple[str, Callable[[], int]]:
@@ -269,15 +268,27 @@ def time_clips(
 
 
 @torch.no_grad()
-def time_stream(backbone: Backbone, cfg: SamplerCfg, lean: LeanDiT | None, prompts: tuple[str, str], chunks: int, seed: int) -> tuple[Chunk, ...]:
-    """A stream of `chunks` chunks, and the one after them, on which the prompt switches (in a joint window no chunk can).
+def time_stream(
+    backbone: Backbone,
+    cfg: SamplerCfg,
+    lean: LeanDiT | None,
+    prompts: tuple[str, str],
+    chunks: int,
+    seed: int,
+    energy: Callable[[], float] | None = None,
+) -> tuple[tuple[Chunk, ...], float | None]:
+    """All of a stream of which `chunks` chunks are timed, and the joules that it took by the meter `energy`.
 
-    Both prompts are encoded before the clock starts.
+    On its last chunk the prompt switches (in a joint window no chunk can), so the context pass of the one before is by itself even
+    where others go along with steps: neither is one of the timed. Both prompts are encoded before clock and meter start.
     """
     assert cfg.chunk is not None
     texts, other = _texts(backbone, cfg, prompts[:1]), backbone.encode_text([prompts[1]])
-    switches = [] if cfg.solver == "rolling" else [(chunks * cfg.chunk, other)]
-    return Film(Clock(), backbone, cfg, lean, texts, (chunks + beyond(cfg)) * cfg.chunk, [seed], switches=switches).whole()[: chunks + 1]
+    made = chunks + beyond(cfg, switching=True)
+    switches = [] if cfg.solver == "rolling" else [((made - 1) * cfg.chunk, other)]
+    spent = energy() if energy is not None else 0.0
+    rows = Film(Clock(), backbone, cfg, lean, texts, made * cfg.chunk, [seed], switches=switches).whole()
+    return rows, None if energy is None else energy() - spent
 
 
 @torch.no_grad()
@@ -297,9 +308,12 @@ def time_streams(
     return tuple(film.rows() for film, group in zip(films, groups, strict=True) for _ in group)
 
 
-def beyond(cfg: SamplerCfg) -> int:
-    """Chunks that a stream is longer than what is timed of it: the last has no context pass, and a joint window runs empty."""
-    return 1 if cfg.solver != "rolling" or isinstance(cfg.steps, int) else max(1, len(cfg.steps) - 1)
+def beyond(cfg: SamplerCfg, *, switching: bool = False) -> int:
+    """Chunks that a stream is longer than what is timed of it: the last has no context pass, that before a switch one of another
+    kind, and a joint window, in which nothing switches, runs empty."""
+    if cfg.solver == "rolling":
+        return 1 if isinstance(cfg.steps, int) else max(1, len(cfg.steps) - 1)
+    return 1 + switching
 
 
 def possible(ready: Prepared, chunks: int) -> int:
@@ -309,7 +323,7 @@ def possible(ready: Prepared, chunks: int) -> int:
     if sampler.chunk is None or sampler.solver == "forcing":
         return 0
     longest = [most for most in (ready.cfg.max_latents, sampler.reroll.latents if sampler.reroll else None) if most is not None]
-    return min([chunks, *(most // sampler.chunk - beyond(sampler) for most in longest)])
+    return min([chunks, *(most // sampler.chunk - beyond(sampler, switching=True) for most in longest)])
 
 
 def counted_from(ready: Prepared) -> int:
@@ -349,7 +363,7 @@ class Film:
         switches: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
         self.clock, self.frames, self.decode = clock, frames, backbone.decoder()
-        self.stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "cached": []}
+        self.stamps: dict[str, list[Callable[[], float]]] = {"begin": [], "denoised": [], "decoded": [], "cached": []}
         self.readable: list[tuple[Callable[[], float], int, int | None]] = []
         self.coming: list[Callable[[], Tensor]] = []
         noise, null = sampler.clip_noise(backbone, seeds), texts[1]
@@ -366,6 +380,7 @@ class Film:
         pixels, left = self.decode(chunk.latent_BFCHW), None if self.frames is None else self.frames - sum(made for _, made, _ in self.readable)
         shown = video.as_uint8(pixels[:, :left])
         self.coming.append(to_host(shown))
+        self._mark("decoded")
         self.readable.append((self.clock.queue(beside=pixels.device), shown.shape[1], held()))
         if len(self.coming) > 1:
             self.coming.pop(0)()  # as `generate` takes them
@@ -382,6 +397,6 @@ class Film:
         return tuple(self._row(index, *seen) for index, seen in enumerate(self.readable))
 
     def _row(self, index: int, seen: Callable[[], float], frames: int, kept: int | None) -> Chunk:
-        begin, denoised = (round(self.stamps[event][index](), 7) for event in ("begin", "denoised"))
+        begin, denoised, decoded = (round(self.stamps[event][index](), 7) for event in ("begin", "denoised", "decoded"))
         cached = round(self.stamps["cached"][index](), 7) if index < len(self.stamps["cached"]) else None
-        return Chunk(index, frames, begin, denoised, round(seen(), 7), cached, kept)
+        return Chunk(index, frames, begin, denoised, round(seen(), 7), cached, kept, decoded)

@@ -41,6 +41,7 @@ class Chunk:
     readable: float  # its uint8 frames can be read on the host
     cached: float | None  # its context pass ends; the last chunk of a clip has none
     held_bytes: int | None = None  # memory held when it can be read: allocated on a GPU, resident on a CPU
+    decoded: float | None = None  # its frames are decoded and the device goes on to the context pass, a copy beside it or not; None in old records
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Turn:
     fps: int  # of the video: how fast a viewer plays it
     clip: tuple[Chunk, ...]  # since the request of a new prompt, text encoder included; cut to CLIP frames
     stream: tuple[Chunk, ...]  # since the request of an encoded prompt; nothing where the model has no chunks
-    switched: Chunk | None  # the stream's next chunk, at whose beginning the prompt switches to another encoded one
+    switched: Chunk | None  # the stream's next chunk but one, at whose beginning the prompt switches to another encoded one
     peak_bytes: int  # most memory held during the turn: allocated on a GPU, resident on a CPU
     reserved_bytes: int | None  # the same with what torch keeps in reserve on the GPU
     device_bytes: int | None  # in use on the GPU as a whole when the turn ended
@@ -60,7 +61,8 @@ class Turn:
     warm_up_s: float | None = None  # from the start of its process until it had warmed up; where `cold_start_s` is
     apart: tuple[Chunk, ...] = ()  # where `joint`: a stream of APART chunks, each with a context pass of its own
     steady: int = STEADY  # first chunk of the streams that is counted, see `full`
-    joules: float | None = None  # that the GPU took for the stream and the chunk after it; None where nothing tells
+    joules: float | None = None  # that the GPU took for the whole stream, which is longer than `stream`; None where nothing tells
+    whole: int | None = None  # frames of the whole stream; None in old records, where `switched` is its end
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ def denoising(chunk: Chunk) -> float:
 
 
 def with_context(chunk: Chunk) -> float:
-    """Seconds of a chunk's steps and of its context pass, which starts when its frames are out."""
-    assert chunk.cached is not None, "a stream is made one chunk longer than it is timed"
-    return denoising(chunk) + chunk.cached - chunk.readable
+    """Seconds of a chunk's steps and of its context pass, which starts when its frames are decoded."""
+    assert chunk.cached is not None, "a stream is made longer than it is timed"
+    return denoising(chunk) + chunk.cached - (chunk.readable if chunk.decoded is None else chunk.decoded)
 
 
 def _dit_fps(stream: Sequence[Chunk], first: int, seconds: Callable[[Chunk], float]) -> float | None:
@@ -169,8 +171,8 @@ def _slowdown(turn: Turn) -> float | None:
 
 
 def _joules(turn: Turn) -> float | None:
-    made = (*turn.stream, *([turn.switched] if turn.switched else []))
-    return None if turn.joules is None or not made else turn.joules / sum(chunk.frames for chunk in made)
+    made = turn.whole or sum(chunk.frames for chunk in (*turn.stream, *([turn.switched] if turn.switched else [])))
+    return None if turn.joules is None or not made else turn.joules / made
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def test_energy_is_read_in_joules_from_the_gpu_that_torch_uses(monkeypatch):
     nvml = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="3f0c"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     read, whose = hardware.energy(CUDA)
     assert read is not None and whose == "NVML" and nvml.asked == "GPU-3f0c"
     assert read() - read() == -1.5

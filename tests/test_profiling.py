@@ -253,24 +253,26 @@ def test_two_settings_of_one_baseline_from_the_command_line(tmp_path, folders, c
     assert ratio["value"] == pytest.approx(sum(a / b for a, b in zip(*fps.values(), strict=True)) / 2)
     recorded = document["recorded"]
     assert recorded["contenders"][names[0]]["precision"] == {"denoiser": "float32", "text": "float32"}
-    assert recorded["contenders"][names[0]]["chunks"] == 7  # 24 latents are 8 chunks, and the last has no context pass
+    assert recorded["contenders"][names[0]]["chunks"] == 6  # 24 latents are 8 chunks, of which the switch takes two
     assert len(recorded["hardware"]) == 1 and len(recorded["hardware"][0]["before"]["load"]) == 3
     assert [[one.contender for one in each.turns] for each in rounds] == [names, names[::-1]]
     for one in (one for each in rounds for one in each.turns):
-        assert [chunk.frames for chunk in one.clip] == [chunk.frames for chunk in one.stream] == [9, *[12] * 6]
+        assert [chunk.frames for chunk in one.clip] == [9, *[12] * 6] and [chunk.frames for chunk in one.stream] == [9, *[12] * 5]
         assert one.clip[-1].cached is None and one.stream[-1].cached is not None
         assert one.switched is not None and (one.switched.index, one.switched.frames, one.switched.cached) == (7, 12, None)
-        stamps = [stamp for chunk in (*one.stream, one.switched) for stamp in (chunk.begin, chunk.denoised, chunk.readable, chunk.cached)]
+        stamps = [
+            stamp for chunk in (*one.stream, one.switched) for stamp in (chunk.begin, chunk.denoised, chunk.decoded, chunk.readable, chunk.cached)
+        ]
         assert stamps[:-1] == sorted(stamps[:-1])  # type: ignore[type-var]
         assert 5e7 < one.peak_bytes < 4e9 and one.reserved_bytes is None
         assert all(0 < chunk.held_bytes < 2 * one.peak_bytes for chunk in (*one.clip, *one.stream))  # type: ignore[operator]
-        assert one.joint and [chunk.index for chunk in one.apart] == list(range(7)) and one.joules is None
+        assert one.joint and [chunk.index for chunk in one.apart] == list(range(6)) and one.joules is None
         assert all(apart.cached > apart.readable for apart in one.apart)  # type: ignore[operator]
     colds = [one.cold_start_s for each in rounds for one in each.turns]
     assert [cold is None for cold in colds] == [False, False, True, True]
     assert [one.warm_up_s is None for each in rounds for one in each.turns] == [False, False, True, True]
     assert all(one.warm_up_s > one.cold_start_s for one in rounds[0].turns)  # type: ignore[operator]
-    assert document["length"][names[0]]["seconds"]["chunks"] == 3 and document["length"][names[0]]["bytes"]["level"] > 5e7
+    assert document["length"][names[0]]["seconds"]["chunks"] == 2 and document["length"][names[0]]["bytes"]["level"] > 5e7
     assert recorded["contenders"][names[0]]["energy"] == "not measured: a CPU does not tell"
     assert "joint" in recorded["contenders"][names[0]]["shortcuts"] and "kernels" not in recorded["contenders"][names[0]]["shortcuts"]
     assert all(cold > one.clip[0].readable for cold, one in zip(colds[:2], rounds[0].turns, strict=True))  # type: ignore[operator]
@@ -306,6 +308,47 @@ def test_no_pass_is_recorded_while_somebody_looks_at_the_clock(tmp_path, monkeyp
     assert "graphs" in stopwatch.about(contestant)["shortcuts"] and stopwatch.about(contestant)["left_out"] == {}
 
 
+@pytest.mark.parametrize("joint", [True, False])
+def test_every_timed_chunk_has_one_context_pass_and_the_meter_reads_no_text_encoder(joint, tmp_path, monkeypatch):
+    """On a machine whose clock and meter count passes: four steps and a context pass are five for each chunk, the last before the switch too."""
+    spent = [0]
+
+    def costs(name: str, passes: int) -> None:
+        plain = getattr(lean.LeanDiT, name)
+
+        def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+            spent[0] += passes
+            return plain(self, *arguments, **options)
+
+        monkeypatch.setattr(lean.LeanDiT, name, counted)
+
+    costs("__call__", 1)
+    costs("fill", 1)
+    costs("fill_and_step", 2)
+
+    def queue(self: stopwatch.Clock, *, beside: torch.device | None = None) -> Any:
+        now = float(spent[0]) + (0.5 if beside is not None else 0.0)  # a copy beside what the device does
+        return lambda: now
+
+    contestant = stopwatch.warm(baselines.prepare(models.write(tmp_path)), 6, 0.0)
+    assert contestant.lean is not None
+    contestant.lean.shortcuts = dataclasses.replace(contestant.lean.shortcuts, joint=joint)
+    plain = contestant.backbone.encode_text
+
+    def encode(prompts: Any) -> Any:
+        spent[0] += 1000
+        return plain(prompts)
+
+    monkeypatch.setattr(contestant.backbone, "encode_text", encode)
+    monkeypatch.setattr(stopwatch.Clock, "queue", queue)
+    monkeypatch.setattr(contestant, "energy", lambda: float(spent[0]))
+    one = stopwatch.take(contestant, 0)
+    assert [timing.with_context(chunk) for chunk in one.stream[1:]] == [5.0] * 5
+    assert one.switched is not None and one.switched.index == 7 and one.switched.cached is None
+    assert one.joules == 8 * 4 + 7 + 2  # eight chunks, seven context passes, and at the switch those of the window again but for the sink
+    assert one.whole == 9 + 7 * 12 and timing.TIMINGS["joules_per_frame"].of(one) == 41 / 93
+
+
 def test_a_bidirectional_model_has_only_whole_clips(tmp_path):
     ready = baselines.prepare(models.write(tmp_path, "teacher", sampler=models.TEACHER, max_latents=21))
     assert stopwatch.possible(ready, 20) == 0
@@ -326,7 +369,7 @@ def test_a_model_with_all_frames_in_work_has_only_whole_clips(tmp_path):
 
 def test_a_model_is_timed_over_as_many_chunks_as_it_can_make(tmp_path):
     reroll = models.STUDENT | {"reroll": {"latents": 21, "overlap": 3}}
-    for more, wanted in (({}, 40), ({"max_latents": 24}, 7), ({"sampler": reroll}, 6), ({"sampler": reroll, "max_latents": 12}, 3)):
+    for more, wanted in (({}, 40), ({"max_latents": 24}, 6), ({"sampler": reroll}, 5), ({"sampler": reroll, "max_latents": 12}, 2)):
         assert stopwatch.possible(baselines.prepare(models.write(tmp_path, **more)), 40) == wanted
 
 
@@ -341,7 +384,7 @@ def test_a_stream_counts_once_its_window_is_full(tmp_path):
     assert one.steady == 7 == contestant.about["steady"] and len(one.stream) == 9
     assert timing.TIMINGS["dit_fps"].of(one) == 12 / median([timing.with_context(chunk) for chunk in one.stream[7:]])
     short = baselines.prepare(models.write(tmp_path, sampler=wide, max_latents=21))
-    assert stopwatch.possible(short, 20) == 6 and stopwatch.counted_from(short) == 3
+    assert stopwatch.possible(short, 20) == 5 and stopwatch.counted_from(short) == 3
 
 
 def test_a_joint_window_is_timed_while_it_is_full(tmp_path):

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -344,7 +344,8 @@ def read_timings(source: Path) -> dict[str, Timed]:
                 raise UserError(f"{where} the stream lacks a context pass; {again}")
             _forward(turn.clip, f"{where} the clip", again)
             _forward(turn.apart, f"{where} the stream with separate context passes", again)
-            _forward((*turn.stream, *([turn.switched] if turn.switched else [])), f"{where} the stream", again)
+            after = [replace(turn.switched, index=len(turn.stream))] if turn.switched else []  # whatever lies between is not recorded
+            _forward((*turn.stream, *after), f"{where} the stream", again)
     found = {}
     for name, columns in timing.values(rounds, run.name).items():
         streams = tuple(turn.stream for each in rounds for turn in each.turns if turn.contender == name)
@@ -371,11 +372,12 @@ def _forward(chunks: Sequence[Chunk], what: str, again: str) -> None:
     """Chunks that follow each other in time, each of which took some; NaN is never later than anything."""
     ended = 0.0
     for number, chunk in enumerate(chunks):
-        stamps = [stamp for stamp in (ended, chunk.begin, chunk.denoised, chunk.readable, chunk.cached) if stamp is not None]
-        forward = all(before <= after for before, after in itertools.pairwise(stamps)) and chunk.begin < chunk.denoised
-        if chunk.index != number or chunk.frames < 1 or not forward or not math.isfinite(stamps[-1]):
+        shown = chunk.readable if chunk.decoded is None else chunk.decoded  # a copy may end after the context pass has begun
+        stamps = [stamp for stamp in (ended, chunk.begin, chunk.denoised, shown, chunk.cached) if stamp is not None]
+        forward = all(before <= after for before, after in itertools.pairwise(stamps)) and chunk.begin < chunk.denoised <= chunk.readable
+        if chunk.index != number or chunk.frames < 1 or not forward or not math.isfinite(chunk.readable + stamps[-1]):
             raise UserError(f"{what} has a chunk {chunk.index} whose times do not go forward from the one before; {again}")
-        ended = chunk.readable  # a context pass that is left to the device may end when the next chunk has begun
+        ended = shown  # a context pass that is left to the device may end when the next chunk has begun
 
 
 def read_training(source: Path) -> Training:
