@@ -97,9 +97,9 @@ def test_the_clean_pass_stops_at_the_last_layers_keys_and_values(monkeypatch: py
     """Self and cross attention of all layers but the last; and what it leaves in the cache is the same."""
     model, calls = made(), list[int]()
 
-    def told(*args: Tensor) -> Tensor:
+    def told(*args: Tensor, by: str | None) -> Tensor:
         calls.append(1)
-        return attend(*args)
+        return attend(*args, by=by)
 
     monkeypatch.setattr(module, "attend", told)
     held = {short: cache() for short in (False, True)}
