@@ -117,7 +117,7 @@ def noted(*, eight: Collection[Eight] = (), reduced: bool = False) -> list[tuple
     with (
         mock.patch.multiple(kernels, **instead),
         mock.patch.object(lean, "ON", {}),  # what is for a GPU alone is taken
-        mock.patch.object(lean, "attend", lambda q, k, v: torch.empty_like(q)),  # which is none of ours, and slow to pretend
+        mock.patch.object(lean, "attend", lambda q, k, v, by: torch.empty_like(q)),  # which is none of ours, and slow to pretend
         mock.patch.object(float8, "emulated", lambda q, k, v: torch.empty(q[0].shape, dtype=dit.dtype, device=META)),
         mock.patch.object(vae, "kernels", lambda device: True),
         mock.patch.object(hardware, "kernels", lambda device: True),
