@@ -103,7 +103,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path, seed):
     directory = tmp_path / "killed"
     rng = random.Random(seed)
     for _ in range(2):
-        process = child("work(Path(sys.argv[1]), 8, pause=0.01)", directory)
+        process = child("work(Path(sys.argv[1]), 8, pause=0.05)", directory)  # so that neither is over before it is killed
         wait_until(process, functools.partial(is_held_by, directory / ".lock", process.pid))
         time.sleep(rng.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
